@@ -1,0 +1,331 @@
+"""The Unix socket's conversation between an app and the daemon of its own machine.
+
+A connection carries any number of jobs at once. The app numbers its requests (``job``, any number
+that is not in use); every answer carries the number. A job ends with its result or `JobFailed`.
+Closing the connection cancels all its jobs and frees what they hold on every hop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from p2p.wire.message import (
+    Addresses,
+    BlockNumber,
+    Bound,
+    Count,
+    Message,
+    Name,
+    PeerName,
+    Seconds,
+    Text,
+    Tokens,
+    message,
+)
+
+CONTROL_VERSION = 1
+MAX_CONTROL_FRAME_BYTES = 16 * 1024 * 1024
+
+JobNumber = Annotated[int, Bound(0, 2**31)]
+TokenId = Annotated[int, Bound(0, 2**31)]
+TokenIds = Annotated[tuple[TokenId, ...], Bound(0, 2**20)]
+LongText = Annotated[str, Bound(0, 8 * 1024 * 1024)]
+ModelName = Annotated[str, Bound(0, 1024)]
+Stops = Annotated[tuple[Annotated[str, Bound(1, 256)], ...], Bound(0, 16)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One message of a conversation, as chat templates take it."""
+
+    role: Annotated[str, Bound(1, 32)]
+    content: LongText
+
+
+Turns = Annotated[tuple[Turn, ...], Bound(0, 4096)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is chosen; the defaults are greedy. Checked again by the daemon."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+@message("status_request")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatusRequest(Message):
+    """What is this daemon, and what does it do? Answered with `StatusReport`."""
+
+    job: JobNumber
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanStatus:
+    """The span that this daemon hosts.
+
+    Attributes:
+        state: ``loading``, ``serving`` or ``draining``.
+        weight_bytes: the memory that its weights take.
+        cache_tokens: the arena's size; ``free_cache_tokens`` of it are promised to nobody.
+        sessions: open now.
+        steps: done since the start, decode and prefill apart.
+    """
+
+    model: ModelName
+    fingerprint: Name
+    start: BlockNumber
+    end: BlockNumber
+    state: Name
+    dtype: Name
+    device: Name
+    weight_bytes: Count
+    cache_tokens: Count
+    free_cache_tokens: Count
+    sessions: Count
+    decode_steps: Count
+    prefill_steps: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerStatus:
+    """A peer that this daemon is connected with."""
+
+    peer: PeerName
+    addresses: Addresses = ()
+    round_trip_s: Seconds | None = None
+
+
+@message("status_report")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatusReport(Message):
+    """The daemon, its span if it serves one, its peers, the models that it routes for."""
+
+    job: JobNumber
+    version: Name
+    peer: PeerName
+    addresses: Addresses
+    pid: Count
+    uptime_s: Seconds
+    roles: Annotated[tuple[Name, ...], Bound(0, 8)]
+    models: Annotated[tuple[ModelName, ...], Bound(0, 256)]
+    peers: Annotated[tuple[PeerStatus, ...], Bound(0, 4096)]
+    jobs: Count
+    span: SpanStatus | None = None
+
+
+@message("swarm_request")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwarmRequest(Message):
+    """Which servers hold what? Answered with `SwarmReport`.
+
+    Attributes:
+        model: only this model; empty for all that the daemon knows.
+    """
+
+    job: JobNumber
+    model: ModelName = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerStatus:
+    """One server of a model, as it announced itself.
+
+    Attributes:
+        steps_per_s: decode steps through its whole span, by its own measurement.
+        round_trip_s: measured from here; none where it never was.
+    """
+
+    peer: PeerName
+    start: BlockNumber
+    end: BlockNumber
+    state: Name
+    dtype: Name
+    quant: Name
+    steps_per_s: Seconds
+    free_cache_tokens: Count
+    cache_tokens: Count
+    round_trip_s: Seconds | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSwarm:
+    """The servers of one model.
+
+    Attributes:
+        coverage: for each block, how many servers hold it.
+    """
+
+    model: ModelName
+    fingerprint: Name
+    blocks: BlockNumber
+    coverage: Annotated[tuple[Count, ...], Bound(0, 4096)]
+    servers: Annotated[tuple[ServerStatus, ...], Bound(0, 65536)]
+
+
+@message("swarm_report")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwarmReport(Message):
+    """The swarm view of each model."""
+
+    job: JobNumber
+    models: Annotated[tuple[ModelSwarm, ...], Bound(0, 256)]
+
+
+@message("generate")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generate(Message):
+    """Continues a prompt. Answered with `Progress`, `Generated` pieces, and `GenerateDone`.
+
+    Attributes:
+        model: a name that the daemon routes for; empty where it routes for just one.
+        prompt: text; used when there are neither ``turns`` nor ``prompt_tokens``.
+        turns: a conversation, formatted by the model's chat template.
+        prompt_tokens: token ids as they are.
+        max_new_tokens: the most tokens to make.
+        stop: the text ends before the first of these.
+        session: a name under which the connection keeps the session open, so that the next
+            `Generate` with it prefills only what is new; empty for none.
+        max_session_tokens: room for a kept session; 0 lets the daemon choose.
+    """
+
+    job: JobNumber
+    model: ModelName = ""
+    prompt: LongText = ""
+    turns: Turns = ()
+    prompt_tokens: TokenIds = ()
+    max_new_tokens: Tokens = 256
+    sampling: Sampling = Sampling()
+    stop: Stops = ()
+    session: Annotated[str, Bound(0, 64)] = ""
+    max_session_tokens: Tokens = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChainHop:
+    """One hop of a chain."""
+
+    peer: PeerName
+    start: BlockNumber
+    end: BlockNumber
+
+
+Chain = Annotated[tuple[ChainHop, ...], Bound(0, 128)]
+
+
+@message("progress")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress(Message):
+    """Something worth telling happened to a job that goes on.
+
+    Attributes:
+        event: a stable name: ``chain``, ``prefill``.
+        text: a sentence.
+        chain: the chain as it is now, with the event ``chain``.
+        done: so many tokens of ``total`` are prefilled, with the event ``prefill``.
+    """
+
+    job: JobNumber
+    event: Name
+    text: Text = ""
+    chain: Chain = ()
+    done: Tokens = 0
+    total: Tokens = 0
+
+
+@message("generated")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated(Message):
+    """A piece of the answer: the new tokens, and the text that became certain with them."""
+
+    job: JobNumber
+    tokens: TokenIds
+    text: LongText = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """How long it took.
+
+    Attributes:
+        first_token_s: from the request to the first new token.
+        steps_per_s: of the decode steps after it; 0 where there was none.
+        total_s: of the whole job.
+        prefilled_tokens: prompt tokens that went through the chain (fewer with a kept session).
+        hop_compute_s: kernel time of each hop, summed over the decode steps.
+        hop_queue_s: time that steps waited at each hop, likewise.
+    """
+
+    first_token_s: Seconds
+    steps_per_s: Seconds
+    total_s: Seconds
+    prefilled_tokens: Tokens = 0
+    hop_compute_s: Annotated[tuple[Seconds, ...], Bound(0, 128)] = ()
+    hop_queue_s: Annotated[tuple[Seconds, ...], Bound(0, 128)] = ()
+
+
+@message("generate_done")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateDone(Message):
+    """The job's end.
+
+    Attributes:
+        tokens: ids of all new tokens, the ending one included.
+        text: the whole answer, cut before a stop text.
+        finish_reason: ``stop`` (the model ended), ``stop_text``, or ``length``.
+    """
+
+    job: JobNumber
+    model: ModelName
+    text: LongText
+    tokens: TokenIds
+    prompt_tokens: Tokens
+    finish_reason: Name
+    chain: Chain
+    timings: Timings
+
+
+@message("job_failed")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobFailed(Message):
+    """The job's end, when it did not succeed.
+
+    Attributes:
+        code: stable; `petalctl.client` makes an exception of it.
+        text: what was expected, what came, what to do.
+    """
+
+    job: JobNumber
+    code: Name
+    text: Text = ""
+
+
+@message("cancel")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cancel(Message):
+    """Ends a job early; it is answered with `JobFailed`, code ``cancelled``, if it still ran."""
+
+    job: JobNumber
+
+
+@message("close_session")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CloseSession(Message):
+    """Gives up a kept session; answered with `SessionClosed`."""
+
+    job: JobNumber
+    session: Annotated[str, Bound(1, 64)]
+
+
+@message("session_closed")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionClosed(Message):
+    """A kept session is gone from every hop."""
+
+    job: JobNumber
