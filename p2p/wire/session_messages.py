@@ -37,7 +37,8 @@ SESSION_PROTOCOL = "/petald/session/1"
 PUSH_PROTOCOL = "/petald/push/1"
 
 SessionId = Annotated[bytes, Bound(16, 16)]
-"""Chosen by the client at random; who knows it, and is the announced previous hop, may push."""
+"""Chosen by the client at random, another for each hop. Who knows a hop's, and is its announced
+previous hop, may push to it."""
 
 Microseconds = Annotated[int, Bound(0, 2**40)]
 MAX_HOPS = 128
@@ -70,7 +71,7 @@ class OpenSession(Message):
     """Asks a server to be one hop of a session.
 
     Attributes:
-        session: the session's id, the same for every hop.
+        session: the id of the session at this hop.
         model: the fingerprint; a server of other weights refuses.
         start: first block to run, absolute.
         end: the block after the last one.
@@ -101,9 +102,16 @@ class SessionOpened(Message):
 @message("link_next")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinkNext(Message):
-    """Tells a hop where its output goes; answered with ``ok`` or a `Refusal`."""
+    """Tells a hop where its output goes; answered with ``ok`` or a `Refusal`.
+
+    Attributes:
+        peer: the next hop.
+        session: the id under which the next hop knows this session.
+        addresses: where the next hop was last known to listen.
+    """
 
     peer: PeerName
+    session: SessionId
     addresses: Addresses = ()
 
 

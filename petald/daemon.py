@@ -1,0 +1,163 @@
+"""The daemon: its parts, put together in one nursery, and its life from start to SIGTERM.
+
+Nothing is decided here but the order in which parts come up and go down. Up: network, span, its
+announcement, the control socket, readiness. Down: the server drains and says that it leaves, then
+everything is cancelled, the network last.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from p2p.directory import Directory
+from p2p.identity import load_or_create_identity
+from p2p.libp2p_network import open_libp2p_network
+from p2p.wire.control_messages import Generate
+from petald.announcer import Announcer
+from petald.config import Config
+from petald.control import Jobs, Send, open_control_socket, serve_control
+from petald.devices import parse_device, parse_dtype
+from petald.executor import Executor, open_executor
+from petald.generation import GenerationJob
+from petald.local_model import LocalModels
+from petald.log import get_logger
+from petald.notify import notify_ready, notify_stopping
+from petald.reports import Reporter
+from petald.router import Router
+from petald.serving import Serving, load_serving
+
+log = get_logger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+MEASURE_PERIOD_S = 60.0
+"""Between two rounds of pings to a model's servers."""
+
+
+async def run_daemon(config: Config) -> None:
+    """Runs a daemon until SIGTERM or SIGINT; a second signal ends it without draining.
+
+    Raises:
+        PetaldError, P2PError, KernelError: it could not start; the text says why.
+    """
+    stop, ready = trio.Event(), trio.Event()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_watch_signals, ready, stop, nursery.cancel_scope)
+        await _live(config, ready, stop)
+        nursery.cancel_scope.cancel()
+    log.info("stopped")
+
+
+async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
+    identity = load_or_create_identity(config.daemon.state_dir / "identity.key")
+    rng = random.Random()
+    async with (
+        open_libp2p_network(
+            identity,
+            listen=config.network.listen,
+            bootstrap=config.network.bootstrap,
+            announce=config.network.announce,
+        ) as network,
+        open_control_socket(config.daemon) as listener,
+        _open_executors(config) as (device_executor, local_executor),
+        trio.open_nursery() as nursery,
+    ):
+        directory = Directory(network)
+        router = Router(network, directory)
+        models = LocalModels(
+            config.route.models,
+            dtype=parse_dtype(config.route.dtype, parse_device("cpu")),
+            executor=local_executor,
+        )
+        serving: Serving | None = None
+        if config.serve.model:
+            serving = await load_serving(
+                config.serve, network=network, router=router, executor=device_executor, rng=rng
+            )
+            announcer = Announcer(directory, serving.make_announcement, rng=rng)
+            await nursery.start(announcer.run)
+        for name in config.route.models:
+            await models.load(name)
+            nursery.start_soon(_keep_measuring, router, models, name)
+        reporter = Reporter(config, network=network, router=router, models=models, serving=serving)
+
+        async def make_generation(request: Generate, send: Send) -> GenerationJob:
+            started_at = trio.current_time()
+            model = await models.load(request.model)
+            return GenerationJob(
+                request,
+                model,
+                router=router,
+                executor=local_executor,
+                send=send,
+                started_at=started_at,
+            )
+
+        jobs = Jobs(
+            report_status=reporter.report_status,
+            report_swarm=reporter.report_swarm,
+            make_generation=make_generation,
+        )
+        reporter.jobs = jobs
+        nursery.start_soon(serve_control, listener, jobs)
+        ready.set()
+        notify_ready()
+        log.info(
+            "ready",
+            peer=network.peer,
+            roles=",".join(reporter.roles),
+            listen=",".join(network.addresses),
+            socket=str(config.daemon.socket),
+        )
+        await stop.wait()
+        notify_stopping()
+        log.info("stopping")
+        if serving is not None:
+            serving.server.stop_accepting()
+            await announcer.withdraw()
+            await serving.server.drain(deadline_s=config.daemon.stop_timeout_s)
+        nursery.cancel_scope.cancel()
+
+
+async def _watch_signals(
+    ready: trio.Event,
+    stop: trio.Event,
+    scope: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        task_status.started()
+        async for _ in signals:
+            if stop.is_set() or not ready.is_set():
+                scope.cancel()
+            stop.set()
+
+
+@asynccontextmanager
+async def _open_executors(config: Config) -> AsyncIterator[tuple[Executor, Executor]]:
+    """The serving device's executor and that of the local CPU work; one, where both are the CPU."""
+    import torch
+
+    threads = config.serve.threads or config.route.threads
+    device = parse_device(config.serve.device)
+    async with open_executor(name=device.type) as device_executor:
+        if threads:
+            await device_executor.run(torch.set_num_threads, threads)
+        if device.type == "cpu":
+            yield device_executor, device_executor
+            return
+        async with open_executor(name="cpu") as local_executor:
+            yield device_executor, local_executor
+
+
+async def _keep_measuring(router: Router, models: LocalModels, name: str) -> None:
+    identity = await models.identify(name)
+    while True:
+        await router.measure_round_trips(identity)
+        await trio.sleep(MEASURE_PERIOD_S)

@@ -1,0 +1,192 @@
+"""The thread that runs one device's kernels.
+
+Trio's loop hands work over and sleeps until it is done; the thread takes batches from a
+`Scheduler`. It knows nothing of sessions or networks: work is a callable, or an item for the batch
+function it was queued with. Invariant: a piece of work that was cancelled either never started or
+has ended, so the caller may free what it used.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import trio
+
+from petald.scheduler import Priority, Scheduler, Work
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+BatchFunction = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What a batch gave for one item, and how long it took.
+
+    Attributes:
+        value: the item's result.
+        queue_s: from being queued to the start of the batch.
+        compute_s: of the whole batch.
+    """
+
+    value: Any
+    queue_s: float
+    compute_s: float
+
+
+@dataclass(eq=False, slots=True)
+class _Pending:
+    """A piece of work that some task awaits."""
+
+    function: BatchFunction
+    argument: Any
+    queued_at: float
+    done: trio.Event = field(default_factory=trio.Event)
+    result: Timed | None = None
+    error: BaseException | None = None
+
+
+class Executor:
+    """Runs kernels on one thread; made by `open_executor`."""
+
+    def __init__(self, token: trio.lowlevel.TrioToken, *, max_batch_tokens: int) -> None:
+        self._token = token
+        self._scheduler: Scheduler[_Pending] = Scheduler(max_batch_tokens=max_batch_tokens)
+        self._condition = threading.Condition()
+        self._is_closed = False
+        self.batches = 0
+        self.batched_items = 0
+
+    async def run(
+        self, function: Callable[..., T], *args: Any, priority: Priority = Priority.DECODE
+    ) -> T:
+        """Runs a function on the device's thread.
+
+        Cancellation: either it never ran, or it has ended; its result is lost.
+        """
+        call: BatchFunction = functools.partial(_call_one, function)
+        timed = await self._submit(Work(self._pending(call, args), priority))
+        value: T = timed.value
+        return value
+
+    async def run_batched(
+        self,
+        function: BatchFunction,
+        argument: Any,
+        *,
+        priority: Priority,
+        tokens: int,
+        batch_key: object,
+    ) -> Timed:
+        """Runs ``function([argument, ...])`` together with other work of an equal batch key.
+
+        The function gives one result for each argument. If a batch of several fails, each is run
+        alone, so that one caller's fault is not another's.
+
+        Cancellation: as `run`.
+        """
+        pending = self._pending(function, argument)
+        return await self._submit(Work(pending, priority, tokens, (function, batch_key)))
+
+    @property
+    def queued(self) -> int:
+        """How many pieces of work wait."""
+        return len(self._scheduler)
+
+    def _pending(self, function: BatchFunction, argument: Any) -> _Pending:
+        return _Pending(function, argument, time.perf_counter())
+
+    async def _submit(self, work: Work[_Pending]) -> Timed:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with self._condition:
+            self._scheduler.add(work)
+            self._condition.notify()
+        pending = work.item
+        try:
+            await pending.done.wait()
+        except trio.Cancelled:
+            with self._condition:
+                was_queued = self._scheduler.remove(work)
+            if not was_queued:
+                with trio.CancelScope(shield=True):
+                    await pending.done.wait()
+            raise
+        if pending.error is not None:
+            raise pending.error
+        assert pending.result is not None
+        return pending.result
+
+    def run_thread(self) -> None:
+        """The thread's main loop; ends after `close`, with the queue as it is."""
+        while True:
+            with self._condition:
+                while not self._is_closed and not len(self._scheduler):
+                    self._condition.wait()
+                if self._is_closed:
+                    return
+                batch = [work.item for work in self._scheduler.next_batch()]
+            self._run_batch(batch)
+            try:
+                self._token.run_sync_soon(_deliver, batch)
+            except trio.RunFinishedError:
+                return
+
+    def close(self) -> None:
+        """Tells the thread to end after the batch that it runs."""
+        with self._condition:
+            self._is_closed = True
+            self._condition.notify()
+
+    def _run_batch(self, batch: list[_Pending]) -> None:
+        started_at = time.perf_counter()
+        try:
+            results = batch[0].function([pending.argument for pending in batch])
+        except Exception as error:  # the job loop: whatever a kernel raises belongs to its caller
+            if len(batch) > 1:
+                for pending in batch:
+                    self._run_batch([pending])
+            else:
+                batch[0].error = error
+            return
+        compute_s = time.perf_counter() - started_at
+        self.batches += 1
+        self.batched_items += len(batch)
+        for pending, result in zip(batch, results, strict=True):
+            pending.result = Timed(result, started_at - pending.queued_at, compute_s)
+
+
+def _call_one(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+    return [function(*arguments[0])]
+
+
+def _deliver(batch: list[_Pending]) -> None:
+    for pending in batch:
+        pending.done.set()
+
+
+@asynccontextmanager
+async def open_executor(*, name: str, max_batch_tokens: int = 1024) -> AsyncIterator[Executor]:
+    """Starts a device's thread, and ends it with the block.
+
+    Args:
+        name: of the device, for the thread's name.
+        max_batch_tokens: the most rows in one batch of several sessions' steps.
+    """
+    executor = Executor(trio.lowlevel.current_trio_token(), max_batch_tokens=max_batch_tokens)
+    thread = threading.Thread(target=executor.run_thread, name=f"petald-{name}", daemon=True)
+    thread.start()
+    try:
+        yield executor
+    finally:
+        executor.close()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(thread.join)

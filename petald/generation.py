@@ -1,0 +1,348 @@
+"""Generation jobs: from a prompt to a text, through a session.
+
+A job checks its request, finds or opens its session, prefills what the session has not cached yet,
+and then makes one token after the other. Tokenizer, embedding, head and sampling are local; hidden
+states go out and come back. Prefill goes in pieces, several under way at once, so that the hops
+work on them as a pipeline. Invariant of a kept session: `KeptSession.cached` are ids whose hidden
+states every hop has cached, so what a new prompt shares with it need not be sent again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import trio
+
+from kernels.sampling import Sampler
+from kernels.sampling_params import SamplingParams
+from p2p.wire.control_messages import (
+    Chain,
+    ChainHop,
+    Generate,
+    Generated,
+    GenerateDone,
+    Progress,
+    Timings,
+)
+from p2p.wire.message import Message
+from p2p.wire.session_messages import StepResult, Wanted
+from petald.chain_client import ChainSession
+from petald.errors import BadRequest, HopFailed, PromptTooLong, SessionLost
+from petald.executor import Executor
+from petald.local_model import LocalModel
+from petald.router import Router
+from petald.scheduler import Priority
+from petald.tensors import from_wire, to_wire
+from petald.tokenizer import TextStream
+
+PREFILL_WINDOW = 4
+"""Prefill pieces under way at once: more than most chains have hops, so that none waits idle, and
+few enough that a failure loses little."""
+
+PREFILL_PIECE_TOKENS = 128
+"""Small enough that the hops of a chain overlap on a prompt of some hundred tokens, large enough
+that the matrix products are bound by arithmetic (``benchmarks/decode.py``)."""
+
+KEPT_SESSION_SPARE_TOKENS = 2048
+"""Room that a kept session gets beyond its first job when the app does not say how much."""
+
+Send = Callable[[Message], Awaitable[None]]
+
+
+@dataclass(eq=False, slots=True)
+class KeptSession:
+    """A session that outlives its job.
+
+    Attributes:
+        cached: ids whose hidden states every hop has cached, in order.
+    """
+
+    model: LocalModel
+    session: ChainSession
+    cached: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class _Clock:
+    """What a job's time went into."""
+
+    started_at: float
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    prefilled_tokens: int = 0
+    hop_compute_us: list[int] = field(default_factory=list)
+    hop_queue_us: list[int] = field(default_factory=list)
+
+    def on_decode_step(self, result: StepResult) -> None:
+        if len(self.hop_compute_us) != len(result.times):
+            self.hop_compute_us = [0] * len(result.times)
+            self.hop_queue_us = [0] * len(result.times)
+        for index, spent in enumerate(result.times):
+            self.hop_compute_us[index] += spent.compute_us
+            self.hop_queue_us[index] += spent.queue_us
+
+    def timings(self, new_tokens: int) -> Timings:
+        ended_at = trio.current_time() if self.ended_at is None else self.ended_at
+        first_at = ended_at if self.first_token_at is None else self.first_token_at
+        decode_s = ended_at - first_at
+        return Timings(
+            first_token_s=first_at - self.started_at,
+            steps_per_s=(new_tokens - 1) / decode_s if new_tokens > 1 and decode_s > 0 else 0.0,
+            total_s=ended_at - self.started_at,
+            prefilled_tokens=self.prefilled_tokens,
+            hop_compute_s=tuple(us / 1e6 for us in self.hop_compute_us),
+            hop_queue_s=tuple(us / 1e6 for us in self.hop_queue_us),
+        )
+
+
+class GenerationJob:
+    """One generation.
+
+    Args:
+        request: what the app asked for.
+        model: chosen by it.
+        router: opens sessions.
+        executor: the thread for embedding, head and sampling.
+        send: takes what the app is to be told.
+        started_at: when the request came, in trio's time.
+
+    Raises:
+        BadRequest, PromptTooLong, BadSampling: the request cannot be done by anybody.
+    """
+
+    def __init__(
+        self,
+        request: Generate,
+        model: LocalModel,
+        *,
+        router: Router,
+        executor: Executor,
+        send: Send,
+        started_at: float,
+    ) -> None:
+        self._request = request
+        self._model = model
+        self._router = router
+        self._executor = executor
+        self._send = send
+        self._sampler = Sampler(_sampling_params(request))
+        self._prompt = _encode_prompt(request, model)
+        self._limit = _check_length(request, model, len(self._prompt))
+        self._clock = _Clock(started_at)
+
+    async def open_session(self, nursery: trio.Nursery, kept: KeptSession | None) -> KeptSession:
+        """Gives the session to generate with: the kept one if it still can be used, or a new one.
+
+        Args:
+            nursery: holds the task of a session that is opened.
+            kept: of an earlier job; closed when it is not used.
+
+        Raises:
+            MissingBlocks, HopFailed: what the swarm could not do.
+        """
+        needed = len(self._prompt) + self._limit
+        if kept is not None:
+            fits = kept.model is self._model and kept.session.max_tokens >= needed
+            if fits and kept.session.is_open:
+                return kept
+            await kept.session.close()
+        room = needed
+        if self._request.session:
+            spare = self._request.max_session_tokens or needed + KEPT_SESSION_SPARE_TOKENS
+            room = max(needed, min(spare, self._model.identity.config.max_positions))
+        session = await self._router.open_session(
+            self._model.identity, max_tokens=room, nursery=nursery
+        )
+        return KeptSession(self._model, session)
+
+    async def run(self, kept: KeptSession) -> None:
+        """Generates, and tells the app every step of it.
+
+        Raises:
+            HopFailed, SessionLost: the session is of no more use.
+
+        Cancellation: the session can be used on; ``kept.cached`` says what it has.
+        """
+        await self._send_chain(kept.session)
+        await self._generate(kept)
+
+    async def _send_chain(self, session: ChainSession) -> None:
+        hops = _wire_chain(session)
+        text = " -> ".join(f"{hop.start}:{hop.end} at {hop.peer}" for hop in hops)
+        await self._send(Progress(job=self._request.job, event="chain", text=text, chain=hops))
+
+    async def _generate(self, kept: KeptSession) -> None:
+        request, model = self._request, self._model
+        stream = TextStream(model.tokenizer, stop=request.stop)
+        tokens: list[int] = []
+        pieces: list[str] = []
+        finish_reason = "length"
+        hidden_SD = await self._prefill(kept)
+        while True:
+            token, next_SD = await self._executor.run(
+                model.sample, self._sampler, hidden_SD, self._prompt + tokens
+            )
+            if not tokens:
+                self._clock.first_token_at = trio.current_time()
+            tokens.append(token)
+            is_end = token in model.eos_ids
+            text = "" if is_end else stream.feed(token)
+            if is_end or stream.is_stopped or len(tokens) >= self._limit:
+                finish_reason = "stop" if is_end else "stop_text" if stream.is_stopped else "length"
+                text += stream.finish()
+            pieces.append(text)
+            await self._send(Generated(job=request.job, tokens=(token,), text=text))
+            if is_end or stream.is_stopped or len(tokens) >= self._limit:
+                break
+            hidden_SD = await self._decode(kept, token, next_SD)
+        self._clock.ended_at = trio.current_time()
+        await self._send(
+            GenerateDone(
+                job=request.job,
+                model=model.identity.name,
+                text="".join(pieces),
+                tokens=tuple(tokens),
+                prompt_tokens=len(self._prompt),
+                finish_reason=finish_reason,
+                chain=_wire_chain(kept.session),
+                timings=self._clock.timings(len(tokens)),
+            )
+        )
+
+    async def _prefill(self, kept: KeptSession) -> torch.Tensor:
+        """Brings the session to the prompt's end; gives the output's last row, ``[1, hidden]``."""
+        shared = _shared_length(kept.cached, self._prompt[:-1])
+        del kept.cached[shared:]
+        size = min(PREFILL_PIECE_TOKENS, kept.session.max_step_tokens)
+        starts = range(shared, len(self._prompt), size)
+        self._clock.prefilled_tokens = len(self._prompt) - shared
+        results: dict[int, StepResult] = {}
+        failures: list[HopFailed | SessionLost] = []
+        window = trio.CapacityLimiter(PREFILL_WINDOW)
+        done = shared
+
+        async def run_piece(
+            start: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        ) -> None:
+            nonlocal done
+            ids = self._prompt[start : start + size]
+            hidden_SD = await self._executor.run(self._model.embed, ids, priority=Priority.PREFILL)
+            is_last = start == starts[-1]
+            wanted = Wanted.LAST if is_last else Wanted.NONE
+            async with window:
+                task_status.started()
+                try:
+                    results[start] = await kept.session.run_step(
+                        to_wire(hidden_SD), position=start, wanted=wanted
+                    )
+                except (HopFailed, SessionLost) as error:
+                    failures.append(error)
+                    return
+            done += len(ids)
+            if len(starts) > 1:
+                await self._send(
+                    Progress(
+                        job=self._request.job,
+                        event="prefill",
+                        done=done,
+                        total=len(self._prompt),
+                    )
+                )
+
+        async with trio.open_nursery() as nursery:
+            for start in starts:
+                await nursery.start(run_piece, start)
+                if failures:
+                    break
+        if failures:
+            self._on_failure(failures[0])
+            raise failures[0]
+        kept.cached = list(self._prompt)
+        return self._read_row(kept, results[starts[-1]])
+
+    async def _decode(self, kept: KeptSession, token: int, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Runs one decode step; gives the output, ``[1, hidden]``."""
+        try:
+            result = await kept.session.run_step(
+                to_wire(hidden_SD), position=len(kept.cached), wanted=Wanted.LAST
+            )
+        except (HopFailed, SessionLost) as error:
+            self._on_failure(error)
+            raise
+        kept.cached.append(token)
+        self._clock.on_decode_step(result)
+        return self._read_row(kept, result)
+
+    def _read_row(self, kept: KeptSession, result: StepResult) -> torch.Tensor:
+        if result.hidden is None:
+            raise HopFailed(
+                "the last hop sent no hidden states where one row was wanted",
+                peer=kept.session.chain[-1].peer,
+            )
+        ends = self._model.ends
+        return from_wire(
+            result.hidden,
+            hidden_size=self._model.identity.config.hidden_size,
+            max_tokens=1,
+            dtype=ends.dtype,
+            device=ends.device,
+        )
+
+    def _on_failure(self, error: HopFailed | SessionLost) -> None:
+        if isinstance(error, HopFailed):
+            self._router.penalise(error.peer)
+
+
+def _sampling_params(request: Generate) -> SamplingParams:
+    sampling = request.sampling
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+    )
+
+
+def _encode_prompt(request: Generate, model: LocalModel) -> list[int]:
+    vocabulary = model.identity.config.vocab_size
+    if request.prompt_tokens:
+        wrong = next((token for token in request.prompt_tokens if token >= vocabulary), None)
+        if wrong is not None:
+            raise BadRequest(f"token {wrong} is not in the vocabulary of {vocabulary}")
+        return list(request.prompt_tokens)
+    if request.turns:
+        return model.tokenizer.encode_chat(request.turns)
+    ids = model.tokenizer.encode(request.prompt)
+    if not ids:
+        raise BadRequest("the prompt is empty; give some text")
+    return ids
+
+
+def _check_length(request: Generate, model: LocalModel, prompt_tokens: int) -> int:
+    """The most new tokens that this job may make."""
+    if request.max_new_tokens < 1:
+        raise BadRequest("max_new_tokens is 0; at least one token must be asked for")
+    room = model.identity.config.max_positions - prompt_tokens
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt has {prompt_tokens} tokens, and {model.identity.name} takes "
+            f"{model.identity.config.max_positions} with the answer; shorten it"
+        )
+    return min(request.max_new_tokens, room)
+
+
+def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    length = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length
+
+
+def _wire_chain(session: ChainSession) -> Chain:
+    return tuple(ChainHop(peer=hop.peer, start=hop.start, end=hop.end) for hop in session.chain)

@@ -1,0 +1,109 @@
+"""The span that this daemon hosts: its weights, its KV-cache arena, and the device they are on.
+
+Everything here that touches a tensor runs on the executor's thread, which owns span and arena; the
+coroutines hand over and wait. It knows nothing of peers or streams. Invariant: a cache that was
+opened is closed once, whatever is cancelled in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import trio
+
+from kernels.kv_cache import CacheArena, SequenceCache
+from kernels.span import Segment, Span
+from petald.executor import Executor, Timed
+from petald.scheduler import Priority
+
+MAX_DECODE_TOKENS = 4
+"""A step of so few tokens is bound by reading the weights, like a decode step, and ranks as one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StepWork:
+    """One session's rows on their way into a batch."""
+
+    cache: SequenceCache
+    position: int
+    hidden_SD: torch.Tensor
+    start: int
+    end: int
+
+
+class HostedSpan:
+    """A span that runs steps of many sessions.
+
+    Args:
+        span: the blocks, loaded.
+        arena: their KV cache.
+        executor: the thread of the span's device.
+    """
+
+    def __init__(self, span: Span, arena: CacheArena, executor: Executor) -> None:
+        self.span = span
+        self.arena = arena
+        self._executor = executor
+        self.decode_steps = 0
+        self.prefill_steps = 0
+
+    async def open_cache(self, max_tokens: int) -> SequenceCache:
+        """Promises room for a session.
+
+        Raises:
+            CacheFull: there is not so much left.
+
+        Cancellation: no room is taken.
+        """
+        with trio.CancelScope(shield=True):
+            return await self._executor.run(self.arena.open, max_tokens)
+
+    async def close_cache(self, cache: SequenceCache) -> None:
+        """Gives a session's room back; runs to its end even when cancelled."""
+        with trio.CancelScope(shield=True):
+            await self._executor.run(cache.close)
+
+    async def run_step(
+        self, cache: SequenceCache, hidden_SD: torch.Tensor, *, position: int, start: int, end: int
+    ) -> Timed:
+        """Runs a step through the blocks ``[start, end)``; its value is the output, ``[S, D]``.
+
+        Args:
+            cache: the session's; cut back to ``position`` first.
+            hidden_SD: ``[tokens, hidden]`` in the span's dtype, on its device.
+            position: of the first row.
+            start: absolute, within the span.
+            end: likewise.
+
+        Raises:
+            KernelError: the step was not done; the cache holds ``position`` tokens.
+
+        Cancellation: the step was done, or the cache is as it was.
+        """
+        tokens = hidden_SD.shape[0]
+        is_decode = tokens <= MAX_DECODE_TOKENS
+        timed = await self._executor.run_batched(
+            self._run_batch,
+            _StepWork(cache, position, hidden_SD, start, end),
+            priority=Priority.DECODE if is_decode else Priority.PREFILL,
+            tokens=tokens,
+            batch_key=(start, end),
+        )
+        if is_decode:
+            self.decode_steps += 1
+        else:
+            self.prefill_steps += 1
+        return timed
+
+    def _run_batch(self, works: Sequence[_StepWork]) -> Sequence[torch.Tensor]:
+        for work in works:
+            work.cache.truncate(work.position)
+        segments = [Segment(work.cache, work.hidden_SD.shape[0]) for work in works]
+        first = works[0]
+        if len(works) == 1:
+            return [self.span.step(first.hidden_SD, segments, start=first.start, end=first.end)]
+        packed_SD = torch.cat([work.hidden_SD for work in works])
+        output_SD = self.span.step(packed_SD, segments, start=first.start, end=first.end)
+        return output_SD.split([segment.tokens for segment in segments])

@@ -1,0 +1,148 @@
+"""What the daemon tells of itself and of the swarm, on the control socket."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+
+import trio
+
+from p2p.network import Network
+from p2p.wire.control_messages import (
+    ModelSwarm,
+    PeerStatus,
+    ServerStatus,
+    SpanStatus,
+    StatusReport,
+    SwarmReport,
+    SwarmRequest,
+)
+from petald.config import Config
+from petald.control import Jobs
+from petald.devices import dtype_name
+from petald.local_model import LocalModels, ModelIdentity
+from petald.router import Router
+from petald.serving import Serving
+from petald.swarm import Server
+
+VERSION = importlib.metadata.version("petald")
+
+
+class Reporter:
+    """Answers the status and swarm jobs.
+
+    Attributes:
+        jobs: set once the control socket's jobs are made; their number is reported.
+    """
+
+    jobs: Jobs | None = None
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        network: Network,
+        router: Router,
+        models: LocalModels,
+        serving: Serving | None,
+    ) -> None:
+        self._config = config
+        self._network = network
+        self._router = router
+        self._models = models
+        self._serving = serving
+        self._started_at = trio.current_time()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Which of the three things this daemon does."""
+        roles = []
+        if self._serving is not None:
+            roles.append("serve")
+        if self._config.route.models:
+            roles.append("route")
+        return tuple(roles) or ("anchor",)
+
+    async def report_status(self, job: int) -> StatusReport:
+        """The daemon, its span, its peers."""
+        return StatusReport(
+            job=job,
+            version=VERSION,
+            peer=self._network.peer,
+            addresses=self._network.addresses[:16],
+            pid=os.getpid(),
+            uptime_s=trio.current_time() - self._started_at,
+            roles=self.roles,
+            models=self._models.loaded_names,
+            peers=tuple(
+                PeerStatus(
+                    peer=peer.peer,
+                    addresses=peer.addresses[:16],
+                    round_trip_s=self._network.round_trip_s(peer.peer),
+                )
+                for peer in self._network.connected_peers()[:4096]
+            ),
+            jobs=self.jobs.running if self.jobs else 0,
+            span=_span_status(self._serving) if self._serving else None,
+        )
+
+    async def report_swarm(self, request: SwarmRequest) -> SwarmReport:
+        """The swarm view of one model, or of all that are known here.
+
+        Raises:
+            UnknownModel, KernelError: the one asked for is not here.
+        """
+        if request.model:
+            identities = [await self._models.identify(request.model)]
+        else:
+            identities = await self._models.known()
+        models = [await self._report_model(identity) for identity in identities[:256]]
+        return SwarmReport(job=request.job, models=tuple(models))
+
+    async def _report_model(self, identity: ModelIdentity) -> ModelSwarm:
+        await self._router.measure_round_trips(identity)
+        view = await self._router.read_view(identity, max_age_s=0.0)
+        servers = sorted(view.servers, key=lambda server: (server.start, server.end, server.peer))
+        return ModelSwarm(
+            model=identity.name,
+            fingerprint=identity.fingerprint.hex(),
+            blocks=view.num_blocks,
+            coverage=view.coverage(),
+            servers=tuple(_server_status(server) for server in servers[:65536]),
+        )
+
+
+def _server_status(server: Server) -> ServerStatus:
+    said = server.announcement
+    return ServerStatus(
+        peer=server.peer,
+        start=said.start,
+        end=said.end,
+        state=said.state,
+        dtype=said.dtype,
+        quant=said.quant,
+        steps_per_s=1e3 / said.step_ms if said.step_ms > 0 else 0.0,
+        free_cache_tokens=said.free_cache_tokens,
+        cache_tokens=said.cache_tokens,
+        round_trip_s=server.round_trip_s,
+    )
+
+
+def _span_status(serving: Serving) -> SpanStatus:
+    hosted = serving.hosted
+    span, arena = hosted.span, hosted.arena
+    return SpanStatus(
+        model=serving.identity.name,
+        fingerprint=serving.identity.fingerprint.hex(),
+        start=span.start,
+        end=span.end,
+        state="draining" if serving.server.is_draining else "serving",
+        dtype=dtype_name(span.dtype),
+        device=str(span.device),
+        weight_bytes=span.weight_bytes,
+        cache_tokens=arena.capacity_tokens,
+        free_cache_tokens=arena.free_tokens,
+        sessions=serving.server.sessions,
+        decode_steps=hosted.decode_steps,
+        prefill_steps=hosted.prefill_steps,
+    )

@@ -1,0 +1,183 @@
+"""Bringing up the serving part of a daemon: which span, its weights, its cache, its speed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+import threading
+import time
+from dataclasses import dataclass
+
+import trio
+
+from kernels.checkpoint import Checkpoint
+from kernels.kv_cache import CacheArena
+from kernels.span import Span, load_span
+from p2p.network import Network
+from petald.config import ServeConfig
+from petald.devices import dtype_name, free_memory_bytes, parse_device, parse_dtype
+from petald.errors import ConfigError
+from petald.executor import Executor
+from petald.hosted_span import HostedSpan
+from petald.local_model import ModelIdentity, identify_model
+from petald.log import get_logger
+from petald.notify import notify_status
+from petald.placement import MEMORY_SHARE, choose_span, count_fitting_blocks, parse_blocks
+from petald.router import Router
+from petald.server import Server
+from petald.swarm import Announcement, ServerState
+from petald.throughput import measure_step_ms
+
+log = get_logger(__name__)
+
+VERSION = importlib.metadata.version("petald")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """The serving part of a daemon.
+
+    Attributes:
+        step_ms: of a decode step through the span, measured at the start.
+    """
+
+    identity: ModelIdentity
+    hosted: HostedSpan
+    server: Server
+    network: Network
+    step_ms: float
+
+    def make_announcement(self) -> Announcement:
+        """What this server says of itself now."""
+        span, arena = self.hosted.span, self.hosted.arena
+        state = ServerState.LEAVING if self.server.is_draining else ServerState.SERVING
+        return Announcement(
+            model=self.identity.fingerprint,
+            start=span.start,
+            end=span.end,
+            state=state,
+            step_ms=round(self.step_ms, 3),
+            cache_tokens=arena.capacity_tokens,
+            free_cache_tokens=arena.free_tokens,
+            dtype=dtype_name(span.dtype),
+            version=VERSION,
+            addresses=self.network.addresses[:16],
+        )
+
+
+async def load_serving(
+    config: ServeConfig,
+    *,
+    network: Network,
+    router: Router,
+    executor: Executor,
+    rng: random.Random,
+) -> Serving:
+    """Chooses the span, loads it, measures it, and takes sessions from then on.
+
+    Raises:
+        ConfigError: the configured span is not in the model, or not one block fits.
+        KernelError: the model cannot be read.
+
+    Cancellation: loading ends after the block that is being read.
+    """
+    identity = await trio.to_thread.run_sync(identify_model, config.model)
+    start, end = await _choose_blocks(config, identity, router, rng)
+    started_at = time.perf_counter()
+    notify_status(f"loading blocks {start}:{end} of {identity.name}")
+    hosted, step_ms = await _load(config, identity, executor, start, end)
+    log.info(
+        "span loaded",
+        model=identity.name,
+        blocks=f"{start}:{end}",
+        dtype=dtype_name(hosted.span.dtype),
+        mib=hosted.span.weight_bytes >> 20,
+        seconds=round(time.perf_counter() - started_at, 2),
+        step_ms=round(step_ms, 2),
+    )
+    notify_status(f"serving blocks {start}:{end} of {identity.name}")
+    server = Server(network, hosted, fingerprint=identity.fingerprint, config=config)
+    server.start()
+    return Serving(
+        identity=identity, hosted=hosted, server=server, network=network, step_ms=step_ms
+    )
+
+
+async def _load(
+    config: ServeConfig, identity: ModelIdentity, executor: Executor, start: int, end: int
+) -> tuple[HostedSpan, float]:
+    device = parse_device(config.device)
+    is_cancelled = threading.Event()
+
+    def on_block(_: int) -> None:
+        if is_cancelled.is_set():
+            raise InterruptedError
+
+    def load() -> tuple[Span, CacheArena, float]:
+        span = load_span(
+            Checkpoint(identity.folder),
+            start,
+            end,
+            dtype=parse_dtype(config.dtype, device),
+            device=device,
+            on_block=on_block,
+        )
+        arena = CacheArena(
+            span.config,
+            blocks=end - start,
+            capacity_tokens=config.cache_tokens,
+            dtype=span.dtype,
+            device=device,
+        )
+        return span, arena, measure_step_ms(span, arena)
+
+    async def set_when_cancelled() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            is_cancelled.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(set_when_cancelled)
+        try:
+            span, arena, step_ms = await executor.run(load)
+        except InterruptedError:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise
+        nursery.cancel_scope.cancel()
+    return HostedSpan(span, arena, executor), step_ms
+
+
+async def _choose_blocks(
+    config: ServeConfig, identity: ModelIdentity, router: Router, rng: random.Random
+) -> tuple[int, int]:
+    num_blocks = identity.config.num_blocks
+    if config.blocks != "auto":
+        start, end = parse_blocks(config.blocks)
+        if end > num_blocks:
+            raise ConfigError(
+                f"blocks {start}:{end} were configured, "
+                f"but {identity.name} has blocks 0:{num_blocks}"
+            )
+        return start, end
+    device = parse_device(config.device)
+    dtype = parse_dtype(config.dtype, device)
+    memory_bytes = config.memory_bytes or int(free_memory_bytes(device) * MEMORY_SHARE)
+    checkpoint = Checkpoint(identity.folder)
+    cache_bytes = CacheArena.bytes_per_block(
+        identity.config, capacity_tokens=config.cache_tokens, dtype=dtype
+    )
+    fitting = count_fitting_blocks(
+        [checkpoint.block_bytes(block, dtype) for block in range(num_blocks)],
+        cache_bytes_per_block=cache_bytes,
+        memory_bytes=memory_bytes,
+    )
+    if not fitting:
+        raise ConfigError(
+            f"not one block of {identity.name} fits into {memory_bytes >> 20} MiB; "
+            "set [serve] memory_bytes higher, or cache_tokens lower"
+        )
+    view = await router.read_view(identity)
+    others = [server for server in view.servers if server.is_serving]
+    log.debug("choosing a span", fitting=fitting, servers=len(others))
+    return choose_span(view.coverage(), length=fitting, rng=rng)
