@@ -1,0 +1,69 @@
+"""Attention of new tokens to what is cached and to themselves.
+
+Grouped-query attention is computed without repeating keys or values: for one new token, the
+queries that share a key head are laid out as if they were tokens of it.
+
+Shapes: S new tokens, T tokens of the sequence with the new ones, N query heads, K key and value
+heads, G = N/K, H head size, B batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def attend_one(
+    query_1NH: torch.Tensor, keys_KTH: torch.Tensor, values_KTH: torch.Tensor
+) -> torch.Tensor:
+    """The last token's attention to all, ``[1, N*H]``."""
+    heads, head_size = query_1NH.shape[1:]
+    groups = keys_KTH.shape[0]
+    output_1KGH = F.scaled_dot_product_attention(
+        query_1NH.view(1, groups, heads // groups, head_size),
+        keys_KTH.unsqueeze(0),
+        values_KTH.unsqueeze(0),
+    )
+    return output_1KGH.reshape(1, heads * head_size)
+
+
+def attend_many(
+    query_SNH: torch.Tensor, keys_KTH: torch.Tensor, values_KTH: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention of the last S of T tokens, ``[S, N*H]``."""
+    tokens, heads, head_size = query_SNH.shape
+    groups, total = keys_KTH.shape[:2]
+    shared = heads // groups
+    query_KGSH = query_SNH.view(tokens, groups, shared, head_size).permute(1, 2, 0, 3)
+    expanded = (groups, shared, total, head_size)
+    mask_ST = None
+    if tokens != total:
+        mask_ST = torch.ones(tokens, total, dtype=torch.bool, device=query_SNH.device).tril(
+            total - tokens
+        )
+    output_KGSH = F.scaled_dot_product_attention(
+        query_KGSH,
+        keys_KTH.unsqueeze(1).expand(expanded),
+        values_KTH.unsqueeze(1).expand(expanded),
+        attn_mask=mask_ST,
+        is_causal=mask_ST is None,
+    )
+    return output_KGSH.permute(2, 0, 1, 3).reshape(tokens, heads * head_size)
+
+
+def attend_batch(
+    query_BSNH: torch.Tensor, keys_BSKH: torch.Tensor, values_BSKH: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention within each sequence of a batch, without a cache, ``[B*S, N*H]``.
+
+    Differentiable.
+    """
+    batch, tokens, heads, head_size = query_BSNH.shape
+    shared = heads // keys_BSKH.shape[2]
+    output_BNSH = F.scaled_dot_product_attention(
+        query_BSNH.transpose(1, 2),
+        keys_BSKH.transpose(1, 2).repeat_interleave(shared, dim=1),
+        values_BSKH.transpose(1, 2).repeat_interleave(shared, dim=1),
+        is_causal=True,
+    )
+    return output_BNSH.transpose(1, 2).reshape(batch * tokens, heads * head_size)

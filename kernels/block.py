@@ -1,0 +1,146 @@
+"""A transformer decoder block, assembled from parts.
+
+`DecoderBlock` knows the order of the parts and the caches of the segments; norm, positions,
+attention and MLP are their own modules. Which parts a model has follows from its `ModelConfig`.
+
+Shapes: S packed rows of all segments, B batch, D hidden size, N query heads, K key and value heads,
+H head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.attention import attend_batch, attend_many, attend_one
+from kernels.linear import Linear
+from kernels.mlp import GatedMLP
+from kernels.model_config import ModelConfig
+from kernels.norm import RMSNorm
+from kernels.rotary import rotate
+from kernels.weight_names import WEIGHT_NAMES
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one segment's rows are: in the packed rows, and in the arena.
+
+    Attributes:
+        row: of the segment's first token.
+        tokens: how many rows it has.
+        offset: of the sequence's extent in the arena.
+        length: tokens cached before this step.
+    """
+
+    row: int
+    tokens: int
+    offset: int
+    length: int
+
+
+class DecoderBlock:
+    """One block with its weights.
+
+    Args:
+        config: of the model.
+        block: its number.
+        tensors: its weights, by their names in the checkpoint.
+    """
+
+    def __init__(
+        self, config: ModelConfig, block: int, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        names = WEIGHT_NAMES[config.family]
+
+        def joined(*parts: str) -> Linear:
+            labels = [part.format(block=block) for part in parts]
+            weight_OI = torch.cat([tensors[f"{label}.weight"] for label in labels])
+            biases = [tensors[f"{label}.bias"] for label in labels if f"{label}.bias" in tensors]
+            return Linear(weight_OI, torch.cat(biases) if biases else None)
+
+        def norm(part: str) -> RMSNorm:
+            return RMSNorm(tensors[f"{part.format(block=block)}.weight"], config.norm_eps)
+
+        self._heads = config.num_heads
+        self._kv_heads = config.num_kv_heads
+        self._head_size = config.head_size
+        self._input_norm = norm(names.input_norm)
+        self._qkv = joined(*names.qkv)
+        self._output = joined(names.output)
+        self._mlp_norm = norm(names.mlp_norm)
+        self._mlp = GatedMLP(joined(*names.gate_up), joined(names.down))
+
+    @property
+    def weight_bytes(self) -> int:
+        """The memory that the weights take."""
+        norms = (self._input_norm.weight_D, self._mlp_norm.weight_D)
+        linears = (self._qkv, self._output, *self._mlp.linears)
+        return sum(norm.nbytes for norm in norms) + sum(part.weight_bytes for part in linears)
+
+    def step(
+        self,
+        hidden_SD: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        places: Sequence[Place],
+        cache_KTH: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """New tokens of several sequences through the block, ``[S, D]``.
+
+        Args:
+            hidden_SD: their rows, packed.
+            positions: cosines and sines of each row, ``[S, 1, H]``.
+            places: of the segments.
+            cache_KTH: the arena's keys and values for this block; written behind each ``length``.
+        """
+        query_SNH, key_SKH, value_SKH = self._project(hidden_SD, positions)
+        keys_KTH, values_KTH = cache_KTH
+        outputs = []
+        for place in places:
+            rows = slice(place.row, place.row + place.tokens)
+            begin = place.offset + place.length
+            end = begin + place.tokens
+            keys_KTH[:, begin:end] = key_SKH[rows].transpose(0, 1)
+            values_KTH[:, begin:end] = value_SKH[rows].transpose(0, 1)
+            attend = attend_one if place.tokens == 1 else attend_many
+            outputs.append(
+                attend(
+                    query_SNH[rows],
+                    keys_KTH[:, place.offset : end],
+                    values_KTH[:, place.offset : end],
+                )
+            )
+        attended_SD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self._finish(hidden_SD, attended_SD)
+
+    def forward(
+        self, hidden_BSD: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Whole sequences through the block, without a cache, ``[B, S, D]``; differentiable."""
+        batch, tokens, width = hidden_BSD.shape
+        rows_SD = hidden_BSD.reshape(batch * tokens, width)
+        cos_S1H, sin_S1H = (part.repeat(batch, 1, 1) for part in positions)
+        query_SNH, key_SKH, value_SKH = self._project(rows_SD, (cos_S1H, sin_S1H))
+        attended_SD = attend_batch(
+            *(
+                part.reshape(batch, tokens, part.shape[1], self._head_size)
+                for part in (query_SNH, key_SKH, value_SKH)
+            )
+        )
+        return self._finish(rows_SD, attended_SD).reshape(batch, tokens, width)
+
+    def _project(
+        self, hidden_SD: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows = hidden_SD.shape[0]
+        turned = self._heads + self._kv_heads
+        qkv_SNH = self._qkv.apply(self._input_norm.apply(hidden_SD)).view(
+            rows, turned + self._kv_heads, self._head_size
+        )
+        turned_SNH = rotate(qkv_SNH[:, :turned], *positions)
+        return turned_SNH[:, : self._heads], turned_SNH[:, self._heads :], qkv_SNH[:, turned:]
+
+    def _finish(self, hidden_SD: torch.Tensor, attended_SD: torch.Tensor) -> torch.Tensor:
+        after_SD = self._output.add_to(hidden_SD, attended_SD)
+        return self._mlp.add_to(after_SD, self._mlp_norm.apply(after_SD))

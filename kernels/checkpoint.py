@@ -1,0 +1,135 @@
+"""Reading a model folder's tensors: safetensors, and only those that are asked for.
+
+Files are mapped, not loaded; nothing is ever unpickled. Invariant: a tensor that is given has the
+shape that the model's configuration implies, and the dtype that was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kernels.errors import CorruptCheckpoint
+from kernels.model_config import load_model_config
+from kernels.weight_names import block_shapes
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A model folder: ``config.json`` and safetensors, whole or in shards.
+
+    Args:
+        folder: where it is.
+
+    Raises:
+        CorruptCheckpoint: the configuration or the index cannot be read.
+        UnsupportedModel: the configuration describes what is not implemented.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = load_model_config(folder)
+        self._file_of = _read_index(folder)
+
+    def tensor_names(self, block: int) -> tuple[str, ...]:
+        """The names of a block's tensors, as the checkpoint has them."""
+        return tuple(block_shapes(self.config, block))
+
+    def block_bytes(self, block: int, dtype: torch.dtype) -> int:
+        """The memory that a block's weights take in a dtype."""
+        elements = sum(
+            torch.Size(shape).numel() for shape in block_shapes(self.config, block).values()
+        )
+        return elements * dtype.itemsize
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor of that name."""
+        return name in self._names()
+
+    def load_tensors(
+        self, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Reads tensors, each converted on its own, so that no more than one is held twice.
+
+        Args:
+            shapes: names, with the shapes that they must have.
+            dtype: of the result.
+            device: likewise.
+
+        Raises:
+            CorruptCheckpoint: a file is missing or damaged, or a tensor is not as it must be.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in shapes:
+            by_file.setdefault(self._find(name), []).append(name)
+        tensors: dict[str, torch.Tensor] = {}
+        for file_name, names in by_file.items():
+            path = self.folder / file_name
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in names:
+                        raw = file.get_tensor(name)
+                        _check_tensor(path, name, raw, shapes[name])
+                        tensors[name] = raw.to(device=device, dtype=dtype)
+            except FileNotFoundError as error:
+                raise CorruptCheckpoint(f"{path} is missing; fetch the model again") from error
+            except (SafetensorError, OSError) as error:
+                raise CorruptCheckpoint(
+                    f"{path} cannot be read ({error}); fetch the model again"
+                ) from error
+        return tensors
+
+    def _find(self, name: str) -> str:
+        if self._file_of is None:
+            return SINGLE_FILE
+        file = self._file_of.get(name)
+        if file is None:
+            raise CorruptCheckpoint(
+                f"{self.folder / INDEX_FILE} does not know the tensor {name}; fetch the model again"
+            )
+        return file
+
+    def _names(self) -> set[str]:
+        if self._file_of is not None:
+            return set(self._file_of)
+        path = self.folder / SINGLE_FILE
+        try:
+            with safe_open(path, framework="pt") as file:
+                return set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise CorruptCheckpoint(
+                f"{path} cannot be read ({error}); fetch the model again"
+            ) from error
+
+
+def _check_tensor(path: Path, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise CorruptCheckpoint(
+            f"in {path}, {name} has the shape {list(tensor.shape)}; "
+            f"config.json implies {list(expected)}"
+        )
+    if not tensor.is_floating_point():
+        raise CorruptCheckpoint(
+            f"in {path}, {name} holds {tensor.dtype}, no floating-point numbers"
+        )
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Which file holds which tensor; none when one file holds all."""
+    path = folder / INDEX_FILE
+    if not path.exists():
+        return None
+    try:
+        raw = json.loads(path.read_bytes())
+        entries = dict(raw["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read; fetch the model again") from error
+    for name, file in entries.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise CorruptCheckpoint(f"{path} sends {name} to {file!r}, which is no file beside it")
+    return entries

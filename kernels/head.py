@@ -1,0 +1,87 @@
+"""A model's ends: token ids to hidden states, and hidden states to logits.
+
+Shapes: S rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.checkpoint import Checkpoint
+from kernels.norm import RMSNorm
+from kernels.weight_names import WEIGHT_NAMES
+
+
+class Embedding:
+    """Hidden states of token ids.
+
+    Args:
+        weight_VD: one row for each token.
+    """
+
+    def __init__(self, weight_VD: torch.Tensor) -> None:
+        self.weight_VD = weight_VD
+
+    def embed(self, token_ids_S: torch.Tensor) -> torch.Tensor:
+        """The rows of some ids, ``[S, D]``."""
+        return self.weight_VD[token_ids_S]
+
+
+class Head:
+    """Final norm and output matrix.
+
+    Args:
+        norm: the final norm.
+        weight_DV: the matrix; a view of the embedding's where they are tied.
+    """
+
+    def __init__(self, norm: RMSNorm, weight_DV: torch.Tensor) -> None:
+        self._norm = norm
+        self._weight_DV = weight_DV
+
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Logits of the token after each row, ``[S, V]``, float32."""
+        return torch.mm(self._norm.apply(hidden_SD), self._weight_DV).float()
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Embedding and head; one matrix in memory where the model ties them."""
+
+    embedding: Embedding
+    head: Head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states that they give and take."""
+        return self.embedding.weight_VD.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.embedding.weight_VD.device
+
+
+def load_ends(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Ends:
+    """Reads embedding, final norm and head.
+
+    Raises:
+        CorruptCheckpoint: a tensor is missing or not as it must be.
+    """
+    config = checkpoint.config
+    names = WEIGHT_NAMES[config.family]
+    matrix = (config.vocab_size, config.hidden_size)
+    embedding_name, head_name = f"{names.embedding}.weight", f"{names.head}.weight"
+    norm_name = f"{names.final_norm}.weight"
+    shapes: dict[str, tuple[int, ...]] = {embedding_name: matrix, norm_name: (config.hidden_size,)}
+    if not config.tie_embeddings:
+        shapes[head_name] = matrix
+    tensors = checkpoint.load_tensors(shapes, dtype=dtype, device=device)
+    norm = RMSNorm(tensors[norm_name], config.norm_eps)
+    # Kept as [D, V], the order in which one row is multiplied quickest (see `kernels.linear`); an
+    # embedding's row is then a strided read, which for a few tokens costs nothing to speak of.
+    weight_DV = tensors[embedding_name if config.tie_embeddings else head_name].t().contiguous()
+    weight_VD = weight_DV.t() if config.tie_embeddings else tensors[embedding_name]
+    return Ends(Embedding(weight_VD), Head(norm, weight_DV))

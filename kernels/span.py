@@ -1,0 +1,184 @@
+"""A span of blocks: the weights that one server hosts, and steps through them.
+
+Knows neither sessions nor peers: a step is rows and caches. One thread owns a span and its arena.
+Invariant: a sequence's length changes only when a step has passed the last block, so that a step
+which raises leaves every sequence as it was.
+
+Shapes: S packed rows, B batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.block import DecoderBlock, Place
+from kernels.checkpoint import Checkpoint
+from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
+from kernels.kv_cache import SequenceCache
+from kernels.model_config import ModelConfig
+from kernels.rotary import RotaryTable
+from kernels.weight_names import block_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive new tokens of one sequence in a step's packed rows.
+
+    Attributes:
+        cache: the sequence's.
+        tokens: how many rows.
+    """
+
+    cache: SequenceCache
+    tokens: int
+
+
+class Span:
+    """The blocks ``[start, end)`` of a model; made by `load_span`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        start: int,
+        blocks: Sequence[DecoderBlock],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.start = start
+        self.end = start + len(blocks)
+        self.dtype = dtype
+        self.device = device
+        self._blocks = tuple(blocks)
+        self._rotary = RotaryTable(config.rotary, config.head_size, dtype=dtype, device=device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """The memory that the weights take."""
+        return sum(block.weight_bytes for block in self._blocks)
+
+    def step(
+        self,
+        hidden_SD: torch.Tensor,
+        segments: Sequence[Segment],
+        *,
+        start: int | None = None,
+        end: int | None = None,
+    ) -> torch.Tensor:
+        """Runs new tokens of one or several sequences through blocks, ``[S, D]``.
+
+        The linear parts see all rows at once; attention sees each sequence alone.
+
+        Args:
+            hidden_SD: the segments' rows, one segment after the other.
+            segments: at most one for each sequence.
+            start: first block, absolute; the span's by default.
+            end: the block after the last one; likewise.
+
+        Raises:
+            CacheFull: a sequence was promised less.
+            OutOfDeviceMemory: the device has no room for the step.
+        """
+        first, last = self._inside(start, end)
+        places: list[Place] = []
+        row = 0
+        with torch.inference_mode():
+            for segment in segments:  # a sequence may be moved by another's growth: grow first
+                segment.cache.reserve(segment.cache.length + segment.tokens)
+            for segment in segments:
+                extent = segment.cache.reserve(segment.cache.length + segment.tokens)
+                places.append(Place(row, segment.tokens, extent.offset, segment.cache.length))
+                row += segment.tokens
+            arena = segments[0].cache.arena
+            positions = self._positions(places)
+            try:
+                for index in range(first, last):
+                    cache_KTH = arena.keys_KTH[index], arena.values_KTH[index]
+                    hidden_SD = self._blocks[index].step(hidden_SD, positions, places, cache_KTH)
+            except torch.OutOfMemoryError as error:
+                raise OutOfDeviceMemory(
+                    f"{self.device} has no memory for a step of {row} tokens; "
+                    "set cache_tokens or max_step_tokens lower"
+                ) from error
+        for segment in segments:
+            segment.cache.length += segment.tokens
+        return hidden_SD
+
+    def forward(
+        self, hidden_BSD: torch.Tensor, *, start: int | None = None, end: int | None = None
+    ) -> torch.Tensor:
+        """Runs whole sequences through blocks, without a cache, ``[B, S, D]``.
+
+        Differentiable with respect to the input; the weights are constants.
+
+        Args:
+            hidden_BSD: in the span's dtype.
+            start: as for `step`.
+            end: likewise.
+        """
+        first, last = self._inside(start, end)
+        positions = self._rotary.at(0, hidden_BSD.shape[1])
+        for block in self._blocks[first:last]:
+            hidden_BSD = block.forward(hidden_BSD, positions)
+        return hidden_BSD
+
+    def _inside(self, start: int | None, end: int | None) -> tuple[int, int]:
+        first = self.start if start is None else start
+        last = self.end if end is None else end
+        if not self.start <= first < last <= self.end:
+            raise ValueError(f"blocks {first}:{last} are not within {self.start}:{self.end}")
+        return first - self.start, last - self.start
+
+    def _positions(self, places: Sequence[Place]) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [self._rotary.at(place.length, place.tokens) for place in places]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_block: Callable[[int], None] | None = None,
+) -> Span:
+    """Reads the tensors of some blocks, and no others.
+
+    Args:
+        checkpoint: of the model.
+        start: first block.
+        end: the block after the last one.
+        dtype: in which weights are held and steps computed.
+        device: where.
+        on_block: called with the number of each block that was read; what it raises ends loading.
+
+    Raises:
+        CorruptCheckpoint: a tensor is missing or not as it must be.
+        OutOfDeviceMemory: the device cannot hold them.
+    """
+    config = checkpoint.config
+    if not 0 <= start < end <= config.num_blocks:
+        raise CorruptCheckpoint(
+            f"blocks {start}:{end} were asked for; the model has 0:{config.num_blocks}"
+        )
+    blocks = []
+    for number in range(start, end):
+        try:
+            tensors = checkpoint.load_tensors(
+                block_shapes(config, number), dtype=dtype, device=device
+            )
+            blocks.append(DecoderBlock(config, number, tensors))
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(
+                f"{device} has no memory for block {number}; serve fewer blocks"
+            ) from error
+        if on_block is not None:
+            on_block(number)
+    return Span(config, start, blocks, dtype=dtype, device=device)

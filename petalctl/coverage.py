@@ -1,0 +1,44 @@
+"""Which blocks of a model are hosted, and how often: from a count for each block to a few words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+MAX_BAR_CELLS = 60
+
+
+def covered_ranges(coverage: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Ranges of blocks that equally many servers hold: ``(start, end, servers)``."""
+    ranges = []
+    start = 0
+    for servers, group in groupby(coverage):
+        end = start + len(list(group))
+        ranges.append((start, end, servers))
+        start = end
+    return ranges
+
+
+def uncovered_ranges(coverage: Sequence[int]) -> list[tuple[int, int]]:
+    """The ranges of blocks that nobody holds."""
+    return [(start, end) for start, end, servers in covered_ranges(coverage) if servers == 0]
+
+
+def coverage_cells(coverage: Sequence[int], most: int = MAX_BAR_CELLS) -> list[int]:
+    """A bar's cells, each the least count of the blocks that it stands for.
+
+    One cell for each block, up to `most` cells.
+    """
+    blocks = len(coverage)
+    cells = min(blocks, most)
+    edges = [cell * blocks // cells for cell in range(cells + 1)] if cells else [0]
+    return [
+        min(coverage[start:end]) for start, end in zip(edges, edges[1:], strict=False) if end > start
+    ]
+
+
+def describe_coverage(coverage: Sequence[int]) -> str:
+    """The ranges with their servers: ``0:10 ×2, 10:20 ×1``."""
+    return ", ".join(
+        f"{start}:{end} ×{servers}" for start, end, servers in covered_ranges(coverage) if servers
+    )

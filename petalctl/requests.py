@@ -1,0 +1,84 @@
+"""What the clients can be asked for, as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from p2p.wire.control_messages import Generate, Sampling, Turn
+from petalctl.errors import JobError
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The keywords of `Client.generate` and `AsyncClient.generate`.
+
+    Attributes:
+        turns: a conversation instead of a prompt: `Turn` objects, or maps of role and content.
+        prompt_tokens: token ids instead of a prompt.
+        model: a name that the daemon routes for; needed where it routes for several.
+        max_new_tokens: the most tokens to make.
+        temperature: 0, the default, takes the likeliest token each time.
+        top_k: choose among so many of the likeliest tokens; 0 among all.
+        top_p: choose among the likeliest that make up this share of the probability.
+        min_p: leave out what is less probable than this share of the likeliest.
+        repetition_penalty: over 1 makes tokens that stand there already less likely.
+        seed: the same one gives the same answer.
+        stop: texts before which the answer ends.
+        session: a name under which this connection keeps the caches, so that the next job with it
+            prefills only what is new.
+        max_session_tokens: room for a kept session; 0 lets the daemon choose.
+    """
+
+    turns: Sequence[Turn | Mapping[str, str]]
+    prompt_tokens: Sequence[int]
+    model: str
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    session: str
+    max_session_tokens: int
+
+
+def make_generate(prompt: str | None, options: GenerateOptions) -> Generate:
+    """The message for a prompt or its alternatives; its job number is still 0.
+
+    Raises:
+        JobError: there is not exactly one of prompt, turns and prompt_tokens.
+    """
+    turns = tuple(
+        turn if isinstance(turn, Turn) else Turn(role=turn["role"], content=turn["content"])
+        for turn in options.get("turns", ())
+    )
+    prompt_tokens = tuple(options.get("prompt_tokens", ()))
+    if (prompt is not None) + bool(turns) + bool(prompt_tokens) != 1:
+        raise JobError(
+            "bad_request",
+            "give exactly one of prompt, turns and prompt_tokens, and not an empty one",
+        )
+    stop = options.get("stop", ())
+    return Generate(
+        job=0,
+        model=options.get("model", ""),
+        prompt=prompt or "",
+        turns=turns,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
+        sampling=Sampling(
+            temperature=options.get("temperature", 0.0),
+            top_k=options.get("top_k", 0),
+            top_p=options.get("top_p", 1.0),
+            min_p=options.get("min_p", 0.0),
+            repetition_penalty=options.get("repetition_penalty", 1.0),
+            seed=options.get("seed"),
+        ),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        session=options.get("session", ""),
+        max_session_tokens=options.get("max_session_tokens", 0),
+    )
