@@ -33,6 +33,18 @@ DEFAULT_MAX_SHARD_BYTES = 64 * 2**20
 
 _ROWS_AT_A_TIME = 4096
 
+# The reader indexes blindly; this is what comes out where a file leads it astray.
+_READER_ERRORS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 # What each kind of tensor becomes. Unquantised ones keep their type, bit for bit. Quantised ones
 # become float16 rather than float32: it halves the file, and its rounding (half of 2^-11 of a
 # value) is far below that of the quantisation itself (half of 2^-4 of the range for 4 bits, of 2^-8
@@ -103,7 +115,7 @@ class _GgufFile:
             self.metadata: dict[str, Any] = {
                 name: field.contents() for name, field in reader.fields.items()
             }
-        except Exception as error:  # the reader indexes blindly: any class of error can come out
+        except _READER_ERRORS as error:
             raise CorruptCheckpoint(
                 f"{file} is damaged or incomplete ({type(error).__name__} while reading its header)"
             ) from error

@@ -102,3 +102,9 @@ class Refused(P2PError):
         self.remote_code = remote_code
         self.remote_text = remote_text
         self.retry_after_s = retry_after_s
+
+
+class IdentityUnusable(P2PError):
+    """The file of the peer's private key cannot be used as it is."""
+
+    code = "identity_unusable"

@@ -105,3 +105,13 @@ class Network(Protocol):
 
     def verify(self, peer: str, data: bytes, signature: bytes) -> bool:
         """Whether the peer's own key made the signature."""
+
+    async def ping(self, peer: str) -> float:
+        """Measures the round trip to a peer, in seconds, once a stream is open.
+
+        Raises:
+            PeerUnreachable, StreamBroken: it does not answer.
+        """
+
+    def round_trip_s(self, peer: str) -> float | None:
+        """The round trip to a peer, from pings so far; none where there was none."""

@@ -78,14 +78,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if self.wants_json:
             print_error("usage", message)
-            raise SystemExit(EXIT_USAGE)
-        super().error(message)
+        else:
+            tell(f"{self.prog}: {message} (see {self.prog} --help)")
+        raise SystemExit(EXIT_USAGE)
 
 
 def build_parser(*, wants_json: bool = False) -> argparse.ArgumentParser:
     """The parser of all commands; the chosen one's function is ``run`` in what it gives."""
     kind: type[_Parser] = type("_ChosenParser", (_Parser,), {"wants_json": wants_json})
-    parser = kind(
+    parser: argparse.ArgumentParser = kind(
         prog="petalctl",
         description="Talk to petald, the daemon with which people together run language models "
         "too large for any one of them.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 MAX_BAR_CELLS = 60
 
@@ -32,13 +32,13 @@ def coverage_cells(coverage: Sequence[int], most: int = MAX_BAR_CELLS) -> list[i
     blocks = len(coverage)
     cells = min(blocks, most)
     edges = [cell * blocks // cells for cell in range(cells + 1)] if cells else [0]
-    return [
-        min(coverage[start:end]) for start, end in zip(edges, edges[1:], strict=False) if end > start
-    ]
+    return [min(coverage[start:end]) for start, end in pairwise(edges)]
 
 
 def describe_coverage(coverage: Sequence[int]) -> str:
-    """The ranges with their servers: ``0:10 ×2, 10:20 ×1``."""
+    """The ranges with their servers: two of ``0:10`` are written ``0:10 ×2``."""  # noqa: RUF002
     return ", ".join(
-        f"{start}:{end} ×{servers}" for start, end, servers in covered_ranges(coverage) if servers
+        f"{start}:{end} ×{servers}"  # noqa: RUF001
+        for start, end, servers in covered_ranges(coverage)
+        if servers
     )

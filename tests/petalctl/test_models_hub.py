@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,6 @@ from safetensors.numpy import save
 
 from kernels.errors import CorruptCheckpoint
 from kernels.model_store import find_model, fingerprint, list_models
-from petalctl import models_place
 from petalctl.errors import CommandError
 from petalctl.hub_client import _CountingFile
 from petalctl.models_progress import Progress
@@ -56,11 +58,12 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
-    from huggingface_hub import close_session, file_download
+    from huggingface_hub import close_session, constants
 
     for name in ("HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what it writes at a time
     close_session()
     with serve_hub() as stand_in:
         stand_in.add(REPOSITORY, tiny_files())
@@ -82,7 +85,9 @@ def refusal(root: Path, what: str = REPOSITORY, **settings: Any) -> CommandError
 def test_pull_fetches_the_model_and_nothing_else(hub: HubStandIn, root: Path) -> None:
     folder = pull(root)
     files = tiny_files()
-    wanted = {name for name in files if name.endswith((".json", ".safetensors")) and "/" not in name}
+    wanted = {
+        name for name in files if name.endswith((".json", ".safetensors")) and "/" not in name
+    }
     assert {path.name for path in folder.iterdir()} == wanted | {"petald-model.json"}
     assert set(hub.fetched()) == wanted
     for name in wanted:
@@ -176,7 +181,7 @@ def test_too_small_a_disk_is_noticed_before_the_weights(
     hub: HubStandIn, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=100)
-    monkeypatch.setattr(models_place.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("petalctl.models_place.shutil.disk_usage", lambda path: usage)
     error = refusal(root)
     assert error.code == "disk_full"
     assert "100 B left" in str(error)
@@ -288,3 +293,21 @@ def test_unreachable_hub_is_told_at_once(root: Path, monkeypatch: pytest.MonkeyP
         endpoint = gone.endpoint
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     assert refusal(root).code == "hub_unreachable"
+
+
+def test_hub_is_not_asked_offline(root: Path) -> None:
+    """In a process of its own: huggingface_hub reads the setting when it is imported."""
+    code = (
+        "from pathlib import Path; from petalctl.hub_client import HubClient\n"
+        "from petalctl.errors import CommandError\n"
+        "try: HubClient().snapshot('some/tiny', None)\n"
+        "except CommandError as error: print(error.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "hub_offline"
