@@ -236,8 +236,11 @@ class AsyncGeneration:
         """The hops that it crosses, as far as they are known."""
         return self._state.chain
 
-    async def __aiter__(self) -> AsyncIterator[str]:
-        """The pieces of text, as they come.
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        """The next piece of text.
 
         Raises:
             JobError, DaemonUnreachable: the job did not end well; `text` has what came before.
@@ -245,16 +248,16 @@ class AsyncGeneration:
         while self._state.done is None:
             event = await self._next_event()
             if isinstance(event, Generated) and event.text:
-                yield event.text
+                return event.text
+        raise StopAsyncIteration
 
-    async def events(self) -> AsyncIterator[Event]:
+    def events(self) -> AsyncEvents:
         """Everything that the daemon tells of the job, as it comes; `GenerateDone` is the last.
 
         Raises:
-            JobError, DaemonUnreachable: the job did not end well.
+            JobError, DaemonUnreachable: while it is iterated over; the job did not end well.
         """
-        while self._state.done is None:
-            yield await self._next_event()
+        return AsyncEvents(self)
 
     async def result(self) -> GenerateDone:
         """The whole answer; waits for its end.
@@ -277,3 +280,21 @@ class AsyncGeneration:
         if isinstance(event, Progress) and self._on_progress is not None:
             self._on_progress(event)
         return event
+
+
+class AsyncEvents:
+    """The events of a generation; made by `AsyncGeneration.events`.
+
+    Not an async generator: leaving a loop over one of those leaves it to the garbage collector.
+    """
+
+    def __init__(self, generation: AsyncGeneration) -> None:
+        self._generation = generation
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._generation._state.done is not None:
+            raise StopAsyncIteration
+        return await self._generation._next_event()

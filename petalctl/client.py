@@ -20,6 +20,7 @@ from p2p.wire.control_messages import (
     Generated,
     GenerateDone,
     Progress,
+    SessionClosed,
     StatusReport,
     StatusRequest,
     SwarmReport,
@@ -124,19 +125,15 @@ class Client:
         Raises:
             JobError, DaemonUnreachable: there was no answer.
         """
-        job = self._begin(CloseSession(job=0, session=session))
-        self._next_answer(job, time.monotonic() + self._answer_timeout_s)
+        self._ask(CloseSession(job=0, session=session), SessionClosed)
 
     def _ask(self, request: Request, kind: type[M]) -> M:
         job = self._begin(request)
         deadline = time.monotonic() + self._answer_timeout_s
         try:
             return expect(self._next_answer(job, deadline), kind)
-        except JobError:
-            raise
-        except BaseException:
+        finally:
             self._send(self._connection.abandon(job))
-            raise
 
     def _begin(self, request: Request) -> int:
         job, frame = self._connection.begin(request)

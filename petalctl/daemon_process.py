@@ -23,6 +23,7 @@ from petalctl.errors import CommandError
 from petalctl.terminal import neutralise
 from petalctl.toml_text import Value, format_toml
 
+PETALD_COMMAND = (sys.executable, "-m", "petald")
 POLL_S = 0.02
 LOG_TAIL_LINES = 12
 LOG_TAIL_BYTES = 16384
@@ -65,7 +66,7 @@ class DaemonProcess:
         notify_path = check_socket_path(folder / "notify.sock")
         self._notifications.bind(str(notify_path))
         self._is_ready = False
-        command = [sys.executable, "-m", "petald", "--config", str(config_path)]
+        command = [*PETALD_COMMAND, "--config", str(config_path)]
         if not is_kept:
             launcher = str(Path(__file__).with_name("child_launcher.py"))
             command = [sys.executable, "-I", "-S", launcher, str(os.getpid()), *command]

@@ -58,8 +58,9 @@ def load_kept(folder: Path) -> list[KeptDaemon]:
         CommandError: the folder is not one of this user's kept swarms.
     """
     try:
-        is_own = folder.stat().st_uid == os.getuid()
-        state = json.loads((folder / STATE_NAME).read_text("utf-8")) if is_own else None
+        if folder.stat().st_uid != os.getuid():
+            raise ValueError("another user's folder")
+        state = json.loads((folder / STATE_NAME).read_text("utf-8"))
         return [
             KeptDaemon(str(each["name"]), int(each["pid"]), int(each["start_ticks"]))
             for each in state["daemons"]

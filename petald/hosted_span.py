@@ -59,6 +59,7 @@ class HostedSpan:
         """
         with trio.CancelScope(shield=True):
             return await self._executor.run(self.arena.open, max_tokens)
+        raise AssertionError("a shielded block ends by its return")
 
     async def close_cache(self, cache: SequenceCache) -> None:
         """Gives a session's room back; runs to its end even when cancelled."""
@@ -106,4 +107,4 @@ class HostedSpan:
             return [self.span.step(first.hidden_SD, segments, start=first.start, end=first.end)]
         packed_SD = torch.cat([work.hidden_SD for work in works])
         output_SD = self.span.step(packed_SD, segments, start=first.start, end=first.end)
-        return output_SD.split([segment.tokens for segment in segments])
+        return torch.split(output_SD, [segment.tokens for segment in segments])

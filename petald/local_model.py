@@ -81,7 +81,7 @@ def identify_model(name: str) -> ModelIdentity:
     return ModelIdentity(
         name=name,
         folder=folder.path,
-        fingerprint=fingerprint(folder),
+        fingerprint=bytes.fromhex(fingerprint(folder)),
         config=load_model_config(folder.path),
     )
 

@@ -124,10 +124,10 @@ class StandIn:
 
 
 @contextmanager
-def run_stand_in(script: Script) -> Iterator[StandIn]:
+def run_stand_in(script: Script, path: Path | None = None) -> Iterator[StandIn]:
     """Runs the script for each connection until the block is left."""
     with tempfile.TemporaryDirectory(prefix="petald-test-") as folder:
-        stand_in = StandIn(Path(folder) / "petald.sock")
+        stand_in = StandIn(path or Path(folder) / "petald.sock")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(str(stand_in.path))
             listener.listen(16)

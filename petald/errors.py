@@ -1,0 +1,80 @@
+"""What a daemon could not do, one class for each distinct reaction of the caller.
+
+``code`` is stable and crosses the sockets; the text says what was expected, what came, and what to
+do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PetaldError(Exception):
+    """Anything that the daemon did not do."""
+
+    code: ClassVar[str] = "petald_error"
+
+
+class ConfigError(PetaldError):
+    """The configuration cannot be used: correct it."""
+
+    code = "config_error"
+
+
+class SocketInUse(PetaldError):
+    """The control socket's path is taken: stop who has it, or choose another."""
+
+    code = "socket_in_use"
+
+
+class UnknownModel(PetaldError):
+    """No model of this name is here: name another, or pull it."""
+
+    code = "unknown_model"
+
+
+class BadRequest(PetaldError):
+    """A request contradicts itself or the protocol: correct it."""
+
+    code = "bad_request"
+
+
+class PromptTooLong(PetaldError):
+    """The prompt leaves no room for an answer: shorten it."""
+
+    code = "prompt_too_long"
+
+
+class MissingBlocks(PetaldError):
+    """No chain covers the model now: wait, or serve the blocks.
+
+    Attributes:
+        ranges: the half-open ranges of blocks that nobody usable holds; empty where the spans
+            there are cannot be joined.
+    """
+
+    code = "missing_blocks"
+
+    def __init__(self, text: str, *, ranges: tuple[tuple[int, int], ...]) -> None:
+        super().__init__(text)
+        self.ranges = ranges
+
+
+class HopFailed(PetaldError):
+    """A hop of a chain did not do its part: try another chain.
+
+    Attributes:
+        peer: the hop's.
+    """
+
+    code = "hop_failed"
+
+    def __init__(self, text: str, *, peer: str) -> None:
+        super().__init__(text)
+        self.peer = peer
+
+
+class SessionLost(PetaldError):
+    """The session is closed: open another."""
+
+    code = "session_lost"

@@ -1,0 +1,73 @@
+"""Hidden states between torch and the wire.
+
+The only place where a tensor of a peer becomes one of torch's. Invariant: what `from_wire` gives
+has the shape that was expected, and is finite.
+
+Shapes: S tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+
+from p2p.errors import RemoteProtocolError
+from p2p.wire.tensor import RAW, WireTensor
+
+WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+if sys.byteorder != "little":
+    raise ImportError("petald sends tensors as they are in memory, and needs a little-endian host")
+
+
+def to_wire(hidden_SD: torch.Tensor) -> WireTensor:
+    """Hidden states in their own dtype, uncompressed; shares their memory where it can."""
+    dtype = str(hidden_SD.dtype).removeprefix("torch.")
+    rows_SD = hidden_SD.detach().cpu().contiguous()
+    # numpy knows no bfloat16, and knows bytes.
+    data: memoryview = rows_SD.view(torch.uint8).numpy().data.cast("B")
+    return WireTensor(dtype, tuple(hidden_SD.shape), data)
+
+
+def from_wire(
+    tensor: WireTensor,
+    *,
+    hidden_size: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Checks and decodes hidden states, ``[tokens, hidden]``.
+
+    The result may share the wire tensor's memory: read it, do not write to it.
+
+    Args:
+        tensor: as it came.
+        hidden_size: that it must have.
+        max_tokens: that it may have; one is the least.
+        dtype: of the result.
+        device: likewise.
+
+    Raises:
+        RemoteProtocolError: it is something else, or holds numbers that are not finite.
+    """
+    shape = tensor.shape
+    if len(shape) != 2 or shape[1] != hidden_size or not 1 <= shape[0] <= max_tokens:
+        raise RemoteProtocolError(
+            f"hidden states of the shape {list(shape)} came; "
+            f"[1 to {max_tokens}, {hidden_size}] was expected"
+        )
+    if tensor.codec != RAW:
+        raise RemoteProtocolError(f"the codec {tensor.codec!r} is not known here")
+    wire_dtype = WIRE_DTYPES.get(tensor.dtype)
+    if wire_dtype is None:
+        raise RemoteProtocolError(f"hidden states came as {tensor.dtype}; a float was expected")
+    with warnings.catch_warnings():
+        # torch warns that the bytes are read-only; nothing here writes to them.
+        warnings.simplefilter("ignore", UserWarning)
+        rows_SD = torch.frombuffer(tensor.data, dtype=wire_dtype).view(shape)
+    if not torch.isfinite(rows_SD).all():
+        raise RemoteProtocolError("hidden states came with numbers that are not finite")
+    return rows_SD.to(device=device, dtype=dtype)

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from p2p.wire.control_messages import Generate, Turn
+from petalctl.cli import main
+from tests.helpers.control_stand_in import (
+    CHAIN,
+    Conversation,
+    answer_everything,
+    chain_progress,
+    pieces,
+    refuse_everything,
+    run_stand_in,
+)
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs petalctl here; gives its exit status and what it printed."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_generate_prints_the_text_and_nothing_else(run: Run) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        assert run("--socket", daemon.path, "generate", "hi") == (0, "Hello, world\n", "")
+        assert daemon.received == [Generate(job=1, turns=(Turn(role="user", content="hi"),))]
+
+
+def test_socket_may_be_named_after_the_command_or_in_the_environment(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        assert run("generate", "hi", "--socket", daemon.path)[0] == 0
+        monkeypatch.setenv("PETALD_SOCKET", str(daemon.path))
+        assert run("generate", "hi")[0] == 0
+
+
+def test_options_reach_the_daemon(run: Run) -> None:
+    options = (
+        "--model m --max-new-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 "
+        "--repetition-penalty 1.2 --seed 9 --stop END --stop \\n --raw"
+    )
+    with run_stand_in(answer_everything) as daemon:
+        assert run("--socket", daemon.path, "generate", "hi", *options.split(" "))[0] == 0
+        (request,) = daemon.received
+    assert isinstance(request, Generate)
+    assert (request.prompt, request.turns, request.model) == ("hi", (), "m")
+    assert (request.max_new_tokens, request.stop) == (5, ("END", "\n"))
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 3, 0.9)
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.1, 1.2, 9)
+
+
+def test_system_text_is_a_turn_of_its_own(run: Run) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        run("--socket", daemon.path, "generate", "hi", "--chat", "--system", "Be brief.")
+        (request,) = daemon.received
+    assert isinstance(request, Generate)
+    assert [(turn.role, turn.content) for turn in request.turns] == [
+        ("system", "Be brief."),
+        ("user", "hi"),
+    ]
+
+
+def test_prompt_comes_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    with run_stand_in(answer_everything) as daemon:
+        assert run("--socket", daemon.path, "generate", "--raw", "-")[0] == 0
+        (request,) = daemon.received
+    assert isinstance(request, Generate)
+    assert request.prompt == "two\nlines\n"
+
+
+def test_show_chain_tells_on_standard_error(run: Run) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        status, out, err = run("--socket", daemon.path, "generate", "hi", "--show-chain")
+    assert (status, out) == (0, "Hello, world\n")
+    assert err.splitlines()[0] == "chain: …AAAAAA [0:2] → …BBBBBB [2:4]"
+    assert "3 tokens, the first after 0.25 s, then 12.5 tokens/s" in err
+
+
+def test_json_is_one_object_with_everything(run: Run) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        status, out, err = run("--socket", daemon.path, "generate", "hi", "--json")
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert json.loads(out) == {
+        "text": "Hello, world",
+        "tokens": [1, 2, 3],
+        "prompt_tokens": 7,
+        "finish_reason": "stop",
+        "model": "tiny",
+        "chain": [
+            {"peer": CHAIN[0].peer, "blocks": [0, 2]},
+            {"peer": CHAIN[1].peer, "blocks": [2, 4]},
+        ],
+        "timings": {
+            "time_to_first_token_s": 0.25,
+            "steps_per_s": 12.5,
+            "total_s": 1.5,
+            "prefilled_tokens": 7,
+            "hop_compute_s": [0.5, 0.25],
+            "hop_queue_s": [0.0, 0.125],
+        },
+    }
+
+
+def test_failed_job_is_told_and_its_text_cannot_steer_the_terminal(run: Run) -> None:
+    with run_stand_in(refuse_everything) as daemon:
+        for command in (["generate", "hi"], ["status"], ["swarm"]):
+            status, out, err = run("--socket", daemon.path, *command)
+            assert (status, out) == (1, "")
+            assert err == "petalctl: blocks 2:4 are held by nobody ␛[31mred [missing_blocks]\n"
+            status, out, err = run("--socket", daemon.path, *command, "--json")
+            assert (status, err) == (1, "")
+            error = json.loads(out)["error"]
+            assert error["code"] == "missing_blocks"
+            assert error["text"].startswith("blocks 2:4")
+
+
+def test_text_before_a_failure_is_not_lost(run: Run) -> None:
+    def script(conversation: Conversation) -> None:
+        request = conversation.receive()
+        assert isinstance(request, Generate)
+        conversation.send(chain_progress(request.job), *pieces(request.job, ["half an answer"]))
+
+    with run_stand_in(script) as daemon:
+        status, out, err = run("--socket", daemon.path, "generate", "hi")
+        assert (status, out) == (3, "half an answer\n")
+        assert "closed the connection" in err
+    with run_stand_in(script) as daemon:
+        status, out, err = run("--socket", daemon.path, "generate", "hi", "--json")
+        assert (status, err) == (3, "")
+        assert json.loads(out)["error"]["code"] == "connection_lost"
+
+
+@pytest.mark.parametrize("command", ["generate hi", "chat", "status", "swarm"])
+def test_no_daemon_is_exit_status_3(run: Run, tmp_path: Path, command: str) -> None:
+    status, out, err = run("--socket", tmp_path / "none", *command.split())
+    assert (status, out) == (3, "")
+    assert "Start a daemon with" in err
+    if command != "chat":
+        status, out, err = run("--socket", tmp_path / "none", *command.split(), "--json")
+        assert (status, err) == (3, "")
+        assert json.loads(out)["error"]["code"] == "daemon_unreachable"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--temperature -1", "--temperature: '-1' is not a number of at least 0"),
+        ("--temperature nan", "'nan' is not a number of at least 0"),
+        ("--temperature inf", "'inf' is not a number"),
+        ("--temperature hot", "'hot' is not a number"),
+        ("--top-p 0", "'0' is not a number of more than 0 and at most 1"),
+        ("--top-p 1.1", "'1.1' is not a number"),
+        ("--min-p 2", "'2' is not a number of at least 0 and at most 1"),
+        ("--top-k -3", "'-3' is not a whole number of at least 0"),
+        ("--top-k 1.5", "'1.5' is not a whole number"),
+        ("--max-new-tokens 0", "'0' is not a whole number of at least 1"),
+        ("--repetition-penalty 0", "'0' is not a number of more than 0"),
+        ("--seed x", "'x' is not a whole number"),
+        ("--stop ", "a stop text has 1 to 256 characters, not 0"),
+        ("--chat --raw", "not allowed with"),
+        ("--raw --system x", "--system needs --chat"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--stop x " * 17, "at most 16 are taken"),
+    ],
+)
+def test_wrong_option_is_exit_status_2_and_one_sentence(
+    run: Run, tmp_path: Path, arguments: str, complaint: str
+) -> None:
+    words = arguments.strip(" ").split(" ") + ([""] if arguments == "--stop " else [])
+    status, out, err = run("--socket", tmp_path / "none", "generate", "hi", *words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert complaint in err
+    status, out, err = run("--socket", tmp_path / "none", "generate", "hi", *words, "--json")
+    assert (status, err) == (2, "")
+    assert complaint in json.loads(out)["error"]["text"]
+
+
+def test_empty_prompt_is_a_mistake_of_the_call(run: Run, tmp_path: Path) -> None:
+    for prompt in ("", "  \n", "-"):
+        status, _, err = run("--socket", tmp_path / "none", "generate", prompt)
+        assert status == 2
+        assert "the prompt is empty" in err
+
+
+def test_prompt_that_is_no_text_is_a_mistake_of_the_call(run: Run, tmp_path: Path) -> None:
+    status, _, err = run("--socket", tmp_path / "none", "generate", "a\udcff")
+    assert status == 2
+    assert "not valid UTF-8" in err
+
+
+def test_status_is_a_page_without_colours_or_padding(run: Run) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        status, out, err = run("--socket", daemon.path, "status")
+    assert (status, err) == (0, "")
+    assert "\x1b" not in out
+    assert not re.search(r" $", out, re.MULTILINE)
+    lines = out.splitlines()
+    assert lines[0] == "daemon      petald 0.1.0, pid 4242, up 1 h 2 min"
+    assert "serves      tiny, blocks 0:2, serving" in lines
+    assert "cache       8000 of 8192 tokens free" in lines
+    assert re.search(r"…AAAAAA +12\.3 ms +/ip4/10\.0\.0\.7/tcp/4001$", out, re.MULTILINE)
+
+
+def test_swarm_names_what_is_uncovered(run: Run) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        status, out, err = run("--socket", daemon.path, "swarm")
+        assert (status, err) == (0, "")
+        assert "[221.]" in out
+        assert "0:2 ×2, 2:3 ×1" in out
+        assert "UNCOVERED: 3:4" in out
+        assert re.search(r"…AAAAAA +0:2 +serving +float32 +31\.2 +8000/8192 +0\.7 ms", out)
+        status, out, _ = run("--socket", daemon.path, "swarm", "--model", "tiny", "--json")
+        model = json.loads(out)["models"][0]
+        assert (model["coverage"], model["uncovered"]) == ([2, 2, 1, 0], [[3, 4]])
+        assert model["servers"][0]["peer"] == CHAIN[0].peer
+        status, _, err = run("--socket", daemon.path, "swarm", "--model", "other")
+        assert status == 1
+        assert "[unknown_model]" in err
+
+
+def test_status_as_json_is_the_whole_report(run: Run) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        status, out, _ = run("--socket", daemon.path, "status", "--json")
+    report = json.loads(out)
+    assert (status, report["pid"], report["span"]["weight_bytes"]) == (0, 4242, 123_000_000)
+    assert report["peers"][0]["round_trip_s"] == 0.0123
+
+
+def test_chat_keeps_the_session_and_the_turns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "hello\n\n/system Be brief.\nagain\n/nonsense\nmore\n/reset\nfresh\n/quit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    with run_stand_in(answer_everything) as daemon:
+        status, out, err = run("--socket", daemon.path, "chat", "--temperature", "0")
+        requests = [message for message in daemon.received if isinstance(message, Generate)]
+    assert (status, out) == (0, "Hello, world\n" * 4)
+    assert "/nonsense is no command" in err
+    assert {request.session for request in requests} == {"chat"}
+    said = [[turn.content for turn in request.turns] for request in requests]
+    assert said == [
+        ["hello"],
+        ["Be brief.", "again"],
+        ["Be brief.", "again", "Hello, world", "more"],
+        ["Be brief.", "fresh"],
+    ]
+
+
+def test_chat_goes_on_after_a_failed_answer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    with run_stand_in(refuse_everything) as daemon:
+        status, out, err = run("--socket", daemon.path, "chat")
+        requests = [message for message in daemon.received if isinstance(message, Generate)]
+    assert (status, out) == (1, "")
+    assert err.count("[missing_blocks]") == 2
+    assert [len(request.turns) for request in requests] == [1, 1]
+
+
+def test_version_and_missing_command(run: Run) -> None:
+    status, _, err = run()
+    assert (status, err.count("\n")) == (2, 1)
