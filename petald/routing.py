@@ -5,16 +5,17 @@ the one of least expected time per decode step, which is, for each hop, the way 
 in its kernels. The way between two servers is not known to a client; it is taken to be half the
 mean of their round trips from here, since a message pushed from one to the next goes one way only.
 
-How it works: the best way to have done the blocks ``[0, b)`` and be at the server that did the last
-of them is found for every ``b`` in order. A hop may begin wherever another one's span ends, so a
-server is left only at the end of its span or where the next server's span begins; that keeps the
-number of states at (servers x distinct span borders).
+How it works: for every block number in order, it is known at what cost the blocks before it can be
+done, and at which server such a way ends. A way is led on by any other server that holds the next
+block, for as many blocks as it holds. What a server adds does not depend on the one before it but
+by the way between them, so of all ways to a border only the best two, by different servers, matter.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from petald.errors import MissingBlocks
 from petald.swarm import Server, SwarmView, format_ranges, missing_ranges
@@ -66,45 +67,45 @@ def choose_chain(
         and penalties.get(server.peer, 0.0) != float("inf")
     ]
     usable.sort(key=lambda server: server.peer)  # ties fall the same way everywhere
-    borders = sorted(
-        {0, view.num_blocks}
-        | {server.start for server in usable}
-        | {server.end for server in usable}
-    )
-    ways: dict[int, list[_Way]] = {border: [] for border in borders}
-    for border in borders[:-1]:
+    ways: list[dict[str, _Way]] = [{} for _ in range(view.num_blocks + 1)]
+    for border in range(view.num_blocks):
+        best = heapq.nsmallest(2, ways[border].values(), key=_cost_to_leave_s)
         for server in usable:
-            if not server.start <= border < server.end:
-                continue
-            arrived = _arrive(server, border, ways[border], penalties.get(server.peer, 0.0))
-            if arrived is None:
-                continue
-            for leave in borders:
-                if border < leave <= server.end:
-                    cost_s = arrived.cost_s + _compute_s(server, leave - border)
-                    ways[leave].append(_Way(cost_s, server, border, arrived.before))
-    finished = [
-        (way.cost_s + _one_way_s(way.server), index)
-        for index, way in enumerate(ways[view.num_blocks])
-    ]
+            if server.start <= border < server.end:
+                penalty_s = penalties.get(server.peer, 0.0)
+                arrived = _arrive(server, border, best, penalty_s)
+                if arrived is not None:
+                    _lead_on(arrived, ways)
+    finished = ways[view.num_blocks].values()
     if not finished:
         raise _missing(view, usable, needed_tokens)
-    return _unwind(ways[view.num_blocks][min(finished)[1]], view.num_blocks)
+    best_way = min(finished, key=lambda way: way.cost_s + _one_way_s(way.server))
+    return _unwind(best_way, view.num_blocks)
 
 
-def _arrive(server: Server, border: int, before: list[_Way], penalty_s: float) -> _Way | None:
+def _cost_to_leave_s(way: _Way) -> float:
+    return way.cost_s + _one_way_s(way.server) / 2
+
+
+def _arrive(server: Server, border: int, best: list[_Way], penalty_s: float) -> _Way | None:
     """The best way to bring a step to a server at a border."""
     if border == 0:
         return _Way(_one_way_s(server) + penalty_s, server, 0, None)
-    candidates = [
-        (way.cost_s + (_one_way_s(way.server) + _one_way_s(server)) / 2 + penalty_s, index)
-        for index, way in enumerate(before)
-        if way.server.peer != server.peer
-    ]
-    if not candidates:
+    before = next((way for way in best if way.server.peer != server.peer), None)
+    if before is None:
         return None
-    cost_s, index = min(candidates)
-    return _Way(cost_s, server, border, before[index])
+    cost_s = _cost_to_leave_s(before) + _one_way_s(server) / 2 + penalty_s
+    return _Way(cost_s, server, border, before)
+
+
+def _lead_on(arrived: _Way, ways: list[dict[str, _Way]]) -> None:
+    """Notes what is reached when a server does one block, two, and so on to its span's end."""
+    server = arrived.server
+    for end in range(arrived.start + 1, server.end + 1):
+        cost_s = arrived.cost_s + _compute_s(server, end - arrived.start)
+        known = ways[end].get(server.peer)
+        if known is None or cost_s < known.cost_s:
+            ways[end][server.peer] = replace(arrived, cost_s=cost_s)
 
 
 def _one_way_s(server: Server) -> float:
