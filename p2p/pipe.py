@@ -84,6 +84,12 @@ class PipeStream:
             self._incoming.wake()
         await trio.lowlevel.cancel_shielded_checkpoint()
 
+    async def end_sending(self) -> None:
+        """Ends the sending side in order; receiving goes on."""
+        self._outgoing.has_ended = True
+        self._outgoing.wake()
+        await trio.lowlevel.checkpoint()
+
     async def abort(self) -> None:
         """As `p2p.network.Stream.abort`."""
         self.break_nowait()

@@ -1,7 +1,8 @@
 """Becomes another program that the kernel ends when the process that started it has died.
 
-Run as a file, without site packages: ``child_launcher.py PARENT_PID PROGRAM ARGUMENTS``. It asks for the signal and then becomes the program, which keeps it. Doing so in the parent, between
-fork and exec, would not be safe beside its threads. Nothing of this project is imported here.
+Run as a file, without site packages: ``child_launcher.py PARENT_PID PROGRAM ARGUMENTS``. It asks
+for the signal and then becomes the program, which keeps it. Doing so in the parent, between fork
+and exec, would not be safe beside its threads. Nothing of this project is imported here.
 """
 
 import ctypes

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from petalctl.errors import CommandError
+from petalctl.errors import CommandError, JobError
 from petalctl.generate_options import add_generate_options
 from petalctl.models import add_model_parser
 from petalctl.option_values import whole_number
 from petalctl.service import add_service_parser
-from petalctl.terminal import give_up_standard_output, prepare_standard_streams, tell
+from petalctl.terminal import give_up_standard_output, neutralise, prepare_standard_streams, tell
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -64,7 +64,12 @@ def _report(error: CommandError, *, wants_json: bool) -> int:
         if wants_json:
             print_error(error.code, str(error))
         else:
-            tell(f"petalctl: {error} [{error.code}]")
+            # Only what was written here may have more lines: the end of a daemon's log.
+            own = "" if isinstance(error, JobError) else str(error)
+            first, _, more = own.partition("\n")
+            tell(f"petalctl: {first or error} [{error.code}]")
+            if more:
+                print(neutralise(more), file=sys.stderr, flush=True)
     except BrokenPipeError:
         give_up_standard_output()
     return error.exit_status
@@ -220,7 +225,7 @@ def _add_demo(commands: Subparsers) -> None:
         "--threads",
         type=whole_number(least=1, most=1024),
         metavar="N",
-        help="processor threads of each server",
+        help="processor threads of each daemon (default: what there is, shared by the servers)",
     )
     demo.add_argument(
         "--max-new-tokens",

@@ -143,8 +143,13 @@ class DaemonProcess:
         stop_all([self], timeout_s)
 
     def close(self) -> None:
-        """Gives back what the parent holds of it."""
+        """Gives back what the parent holds of it, once it has ended."""
         self._notifications.close()
+
+    def let_go(self) -> None:
+        """Leaves it running for good, without this object."""
+        self.close()
+        self._child.returncode = 0  # or else `subprocess` warns of a child that nobody waits for
 
 
 def wait_ready(

@@ -6,6 +6,7 @@ The answer goes to standard output, all that is told about it to standard error.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -27,6 +28,7 @@ from petalctl.generate_command import (
 from petalctl.interrupts import on_first_interrupt
 from petalctl.kept_swarm import find_kept, stop_kept
 from petalctl.models import block_count
+from petalctl.names import shorten_peers
 from petalctl.private_swarm import STOP_TIMEOUT_S, PrivateSwarm, split_blocks
 from petalctl.terminal import AnswerWriter, neutralise_line, tell
 
@@ -56,7 +58,11 @@ def run_demo(args: argparse.Namespace) -> int:
 
     _say("swarm", f"an anchor, {args.servers} servers and a router, each a process on loopback")
     with PrivateSwarm(
-        str(model.path), spans, threads=args.threads, is_kept=args.keep, on_ready=on_ready
+        str(model.path),
+        spans,
+        threads=args.threads or _choose_threads(args.servers),
+        is_kept=args.keep,
+        on_ready=on_ready,
     ) as swarm:
         swarm.wait_covered()
         status = _speak(swarm, args)
@@ -90,6 +96,14 @@ def _count_blocks(model: ModelFolder) -> int:
             code="unsupported_model",
         )
     return blocks
+
+
+def _choose_threads(servers: int) -> int:
+    """So many for each that all of them together do not ask for more than there are.
+
+    They work in turn, but threads that wait for work spin for a while, at the cost of the others.
+    """
+    return max(1, len(os.sched_getaffinity(0)) // servers)
 
 
 def _speak(swarm: PrivateSwarm, args: argparse.Namespace) -> int:
@@ -127,9 +141,10 @@ def _explain_chain(swarm: PrivateSwarm, done: GenerateDone) -> None:
             daemons[client.status().peer] = server
     steps = max(1, len(done.tokens) - 1)
     compute_s = done.timings.hop_compute_s
+    names = shorten_peers(hop.peer for hop in done.chain)
     for index, hop in enumerate(done.chain):
         server_name = daemons[hop.peer].name if hop.peer in daemons else "a stranger"
-        text = f"hop {index + 1}: blocks {hop.start}:{hop.end} at {server_name}, {hop.peer}"
+        text = f"hop {index + 1}: blocks {hop.start}:{hop.end} at {server_name} ({names[hop.peer]})"
         if index < len(compute_s) and compute_s[index] > 0:
             text += f", {compute_s[index] / steps * 1e3:.1f} ms a step"
         _say("chain" if index == 0 else "", text)

@@ -50,7 +50,7 @@ class PrivateSwarm:
         model: a name in the store, or a folder's path.
         spans: for each server the blocks that it hosts.
         dtype: of the weights and of the computation.
-        threads: of each server; none leaves it to the daemon.
+        threads: of each daemon that computes; none leaves it to the daemon.
         serve: more settings for each server's ``[serve]`` section.
         folder: where everything lies; a temporary one, removed at the end, if not given.
         is_kept: the daemons outlive this process, and `__exit__` leaves them running, unless it is
@@ -81,8 +81,9 @@ class PrivateSwarm:
         self.servers: list[DaemonProcess] = []
         self._spans = list(spans)
         self._serve: dict[str, Value] = {"model": self.model, "dtype": dtype, **(serve or {})}
+        self._route: dict[str, Value] = {"models": [self.model]}
         if threads is not None:
-            self._serve["threads"] = threads
+            self._serve["threads"] = self._route["threads"] = threads
         self._given_folder = folder
         self._is_kept = is_kept
         self._on_ready = on_ready
@@ -104,7 +105,7 @@ class PrivateSwarm:
             self._bootstrap = [_loopback_address(self.anchor)]
             for span in self._spans:
                 self._start_server(span, {})
-            self.router = self._start("router", {"route": {"models": [self.model]}})
+            self.router = self._start("router", {"route": self._route})
             wait_ready([*self.servers, self.router], START_TIMEOUT_S, self._on_ready)
         except BaseException:
             self.stop()
@@ -118,6 +119,8 @@ class PrivateSwarm:
         trace: TracebackType | None,
     ) -> None:
         if self._is_kept and error is None:
+            for daemon in self._started:
+                daemon.let_go()
             self._guards.close()
         else:
             self.stop()

@@ -9,7 +9,7 @@ when `run` has ended, every hop has seen its stream end, and so gives the sessio
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -121,19 +121,27 @@ class ChainSession:
         with trio.CancelScope(shield=True):
             await self._has_ended.wait()
 
-    async def run_step(self, hidden: WireTensor, *, position: int, wanted: Wanted) -> StepResult:
+    async def run_step(
+        self,
+        hidden: WireTensor,
+        *,
+        position: int,
+        wanted: Wanted,
+        meanwhile: Callable[[], Awaitable[None]] | None = None,
+    ) -> StepResult:
         """Runs one step through the chain.
 
         Args:
             hidden: ``[tokens, hidden]``, at most `max_step_tokens` tokens.
             position: of the first token; the caches are cut back to it.
             wanted: which rows of the output to bring back.
+            meanwhile: awaited while the step is on its way.
 
         Raises:
-            HopFailed: the session is lost with that hop.
+            HopFailed, SessionLost: the session is lost.
 
-        Cancellation: the step was sent or not; the session can be used on, since the next step
-        says from where.
+        Cancellation: the step was sent, whole, or not. The session can be used on, since the next
+        step says from where.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check_failure()
@@ -141,17 +149,19 @@ class ChainSession:
         self._next_number += 1
         pending = self._pending[number] = _Pending()
         try:
+            await self._send_first(
+                Step(number=number, position=position, hidden=hidden, wanted=wanted)
+            )
+            if meanwhile is not None:
+                await meanwhile()
             with trio.move_on_after(STEP_DEADLINE_S) as waiting:
-                await self._send_first(
-                    Step(number=number, position=position, hidden=hidden, wanted=wanted)
-                )
                 await pending.done.wait()
-            self._check_failure()
-            if waiting.cancelled_caught:
-                text = f"no answer to a step within {STEP_DEADLINE_S:g} s"
-                raise self._fail(self.chain[-1], CODE_NO_ANSWER, text)
         finally:
             del self._pending[number]
+        self._check_failure()
+        if waiting.cancelled_caught:
+            text = f"no answer to a step within {STEP_DEADLINE_S:g} s"
+            raise self._fail(self.chain[-1], CODE_NO_ANSWER, text)
         if pending.result is None:
             raise SessionLost("the session was closed while a step was under way")
         return pending.result

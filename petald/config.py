@@ -1,329 +1,531 @@
 """The configuration: defaults, then a TOML file, then flags.
 
-A setting is a field of one of the section classes, with its help text; the file's keys, the flags
-and the commented default file all follow from the fields. Each part of the daemon takes its own
-section. Nothing heavy is imported here, so that ``petald --help`` is quick.
+The dataclasses below are the only list of settings: reading, checking, the flags, and the text of
+``--print-config`` come from their fields. Invariant: a `Config` that `parse_arguments` gives holds
+values of the right type and range. Imports neither torch nor libp2p.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import importlib.metadata
+import json
+import math
 import os
 import re
 import sys
+import textwrap
 import tomllib
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, get_type_hints
 
-from p2p.wire.socket_path import listen_socket_path
+from p2p.addresses import BadAddress, parse_address
+from p2p.wire.socket_path import SocketPathTooLong, check_socket_path, listen_socket_path
 from petald.errors import ConfigError
 from petald.placement import parse_blocks
 
-T = TypeVar("T")
+Check = Callable[[Any], None]
+"""Raises `ValueError`, or `ConfigError`, with a text that says what was expected."""
 
-_MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/tcp/\d{1,5}(/p2p/[A-Za-z0-9]+)?")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+ANY_BLOCKS = "auto"
+MAX_THREADS = 1024
+MAX_STOP_TIMEOUT_S = 3600.0
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+_MODE = re.compile(r"0?[0-7]{3}")
+_TEXT_WIDTH = 98
 
 
-def setting(default: Any, text: str, check: Callable[[Any], str | None] | None = None) -> Any:
-    """A field with its help text, and what may be wrong with a value."""
-    metadata = {"help": text, "check": check}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
+def _setting(text: str, *, default: Any = MISSING, check: Check, metavar: str) -> Any:
+    metadata = {"help": text, "check": check, "metavar": metavar}
     return field(default=default, metadata=metadata)
 
 
-def _one_of(*names: str) -> Callable[[Any], str | None]:
-    return lambda value: None if value in names else f"must be one of {', '.join(names)}"
-
-
-def _between(least: float, most: float) -> Callable[[Any], str | None]:
-    return lambda value: None if least <= value <= most else f"must be from {least:,g} to {most:,g}"
-
-
-def _each_multiaddr(needs_peer: bool) -> Callable[[Any], str | None]:
-    form = "/ip4/HOST/tcp/PORT" + ("/p2p/PEER" if needs_peer else "")
-
-    def check(values: tuple[str, ...]) -> str | None:
-        for value in values:
-            found = _MULTIADDR.fullmatch(value)
-            if found is None or bool(found[2]) != needs_peer:
-                return f"has {value!r}, which is not of the form {form}"
-        return None
+def _one_of(*choices: str) -> Check:
+    def check(value: str) -> None:
+        if value not in choices:
+            names = ", ".join(f'"{choice}"' for choice in choices)
+            raise ValueError(f"expected one of {names}")
 
     return check
 
 
-def _check_blocks(value: str) -> str | None:
-    if value == "auto":
-        return None
+def _between(least: float, most: float) -> Check:
+    def check(value: float) -> None:
+        if not math.isfinite(value) or not least <= value <= most:
+            raise ValueError(f"expected a number from {least:g} to {most:g}")
+
+    return check
+
+
+def _at_least(least: int) -> Check:
+    def check(value: int) -> None:
+        if value < least:
+            raise ValueError(f"expected a whole number of at least {least}")
+
+    return check
+
+
+def _check_socket(path: Path) -> None:
     try:
-        parse_blocks(value)
-    except ConfigError as error:
-        return f"is wrong: {error}"
-    return None
+        check_socket_path(path)
+    except SocketPathTooLong as error:
+        raise ValueError(str(error)) from error
 
 
-def _check_mode(value: str) -> str | None:
-    is_mode = re.fullmatch(r"0?[0-7]{3}", value) is not None
-    return None if is_mode else "must be an octal file mode, say 0600"
+def _check_mode(text: str) -> None:
+    if not _MODE.fullmatch(text):
+        raise ValueError('expected a file mode in octal digits, say "0600" or "0660"')
 
 
-def _check_device(value: str) -> str | None:
-    return None if _DEVICE.fullmatch(value) else "must be auto, cpu, cuda, or cuda:NUMBER"
+def _check_device(text: str) -> None:
+    if not _DEVICE.fullmatch(text):
+        raise ValueError('expected "auto", "cpu", "cuda", or one device, say "cuda:1"')
 
 
-def _default_state_dir() -> Path:
-    environ = os.environ
-    if given := environ.get("STATE_DIRECTORY"):
-        return Path(given.split(":")[0])
-    base = environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "petald"
+def _check_blocks(text: str) -> None:
+    if text != ANY_BLOCKS:
+        parse_blocks(text)
 
 
-def _default_socket() -> Path:
-    return listen_socket_path(os.environ)
+def _check_listen(addresses: Sequence[str]) -> None:
+    for text in addresses:
+        address = _parse_address(text)
+        if address.peer is not None or address.kind not in ("ip4", "ip6"):
+            raise ValueError(
+                f"{text!r} is no address to listen on; expected something like "
+                "/ip4/0.0.0.0/tcp/7735"
+            )
 
 
-@dataclass(frozen=True, kw_only=True)
+def _check_bootstrap(addresses: Sequence[str]) -> None:
+    for text in addresses:
+        address = _parse_address(text)
+        if address.peer is None or not address.port:
+            raise ValueError(
+                f"{text!r} does not say which peer; expected something like "
+                "/ip4/192.0.2.7/tcp/7735/p2p/12D3KooW..."
+            )
+
+
+def _check_announce(addresses: Sequence[str]) -> None:
+    for text in addresses:
+        address = _parse_address(text)
+        if address.peer is not None or not address.port:
+            raise ValueError(
+                f"{text!r} is no address to announce; expected something like "
+                "/dns/petals.example.org/tcp/7735"
+            )
+
+
+def _parse_address(text: str) -> Any:
+    try:
+        return parse_address(text)
+    except BadAddress as error:
+        raise ValueError(str(error)) from error
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if not all(names):
+        raise ValueError("expected names; an empty one came")
+
+
+def _check_nothing(_: object) -> None:
+    pass
+
+
+_DTYPES = _one_of("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DaemonConfig:
-    """The daemon itself."""
+    """The process itself."""
 
-    socket: Path = setting(_default_socket, "Path of the Unix socket for this machine's apps.")
-    socket_mode: str = setting(
-        "0600", "File mode of the socket: who may use the daemon.", _check_mode
+    socket: Path = _setting(  # noqa: RUF009
+        "Unix socket for the apps of this machine. Where systemd or the login session gives a "
+        "folder for such things, it lies there; else under ~/.local/share/petald.",
+        check=_check_socket,
+        metavar="PATH",
     )
-    state_dir: Path = setting(_default_state_dir, "Folder for the identity's private key.")
-    log_level: str = setting(
-        "info", "debug, info, warning or error.", _one_of("debug", "info", "warning", "error")
+    socket_mode: str = _setting(
+        "Who may use the socket, as a file mode in octal digits.",
+        default="0600",
+        check=_check_mode,
+        metavar="MODE",
     )
-    log_format: str = setting("text", "text or json.", _one_of("text", "json"))
-    stop_timeout_s: float = setting(
-        10.0, "Seconds that sessions get to finish when the daemon is stopped.", _between(0, 3600)
+    state_dir: Path = _setting(  # noqa: RUF009
+        "Where the daemon keeps its private key. $STATE_DIRECTORY, or petald in $XDG_STATE_HOME, "
+        "or ~/.local/state/petald.",
+        check=_check_nothing,
+        metavar="PATH",
+    )
+    log_level: str = _setting(
+        "debug, info, warning or error.",
+        default="info",
+        check=_one_of("debug", "info", "warning", "error"),
+        metavar="LEVEL",
+    )
+    log_format: str = _setting(
+        "text or json.", default="text", check=_one_of("text", "json"), metavar="FORMAT"
+    )
+    stop_timeout_s: float = _setting(
+        "How long, in seconds, the daemon lets sessions end when it is told to stop.",
+        default=10.0,
+        check=_between(0, MAX_STOP_TIMEOUT_S),
+        metavar="SECONDS",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
-    """The peer-to-peer network."""
+    """The network of peers."""
 
-    listen: tuple[str, ...] = setting(
-        ("/ip4/0.0.0.0/tcp/7735",), "Multiaddrs to listen on.", _each_multiaddr(False)
+    listen: tuple[str, ...] = _setting(
+        "Addresses to listen on. Port 0 lets the system choose one.",
+        default=("/ip4/0.0.0.0/tcp/7735",),
+        check=_check_listen,
+        metavar="ADDRESS",
     )
-    bootstrap: tuple[str, ...] = setting(
-        (),
-        "Full multiaddrs of peers to join by: /ip4/HOST/tcp/PORT/p2p/PEER.",
-        _each_multiaddr(True),
+    bootstrap: tuple[str, ...] = _setting(
+        "Peers to begin with, each as /ip4/ADDRESS/tcp/PORT/p2p/PEER. Without any, this daemon is "
+        "the first of a new swarm.",
+        default=(),
+        check=_check_bootstrap,
+        metavar="ADDRESS",
     )
-    announce: tuple[str, ...] = setting(
-        (),
-        "Multiaddrs to tell others, instead of those listened on (a forwarded port, say).",
-        _each_multiaddr(False),
+    announce: tuple[str, ...] = _setting(
+        "Addresses to tell others, where they differ from those listened on: behind a router that "
+        "forwards a port, say.",
+        default=(),
+        check=_check_announce,
+        metavar="ADDRESS",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """Serving a span of a model to others."""
+    """Hosting blocks of a model for others."""
 
-    model: str = setting(
-        "", "Model to serve: a name from `petalctl model list`, or a folder. Empty: serve nothing."
+    model: str = _setting(
+        "The model to serve: a name in the store, or a folder. Empty: serve nothing.",
+        default="",
+        check=_check_nothing,
+        metavar="NAME",
     )
-    blocks: str = setting(
-        "auto", 'Blocks to serve, as "START:END"; "auto" takes as many as fit.', _check_blocks
+    blocks: str = _setting(
+        'The blocks to host, say 0:10 for the first ten; "auto" takes as many as fit, where the '
+        "swarm needs them most.",
+        default=ANY_BLOCKS,
+        check=_check_blocks,
+        metavar="START:END",
     )
-    dtype: str = setting(
-        "auto",
-        "float32, bfloat16, float16; auto is bfloat16 on a GPU and float32 on a CPU.",
-        _one_of("auto", "float32", "bfloat16", "float16"),
+    dtype: str = _setting(
+        "auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on a CPU.",
+        default="auto",
+        check=_DTYPES,
+        metavar="DTYPE",
     )
-    device: str = setting("auto", "auto, cpu, cuda, or cuda:NUMBER.", _check_device)
-    threads: int = setting(0, "CPU threads for kernels; 0 lets PyTorch choose.", _between(0, 1024))
-    cache_tokens: int = setting(
-        16384, "Size of the KV cache, in tokens of all sessions together.", _between(64, 2**31)
+    device: str = _setting(
+        "auto, cpu, cuda, or one device, say cuda:1.",
+        default="auto",
+        check=_check_device,
+        metavar="DEVICE",
     )
-    max_sessions: int = setting(64, "Sessions that may be open at once.", _between(1, 65536))
-    max_step_tokens: int = setting(
-        512, "Longest piece of a prefill, in tokens.", _between(1, 65536)
+    threads: int = _setting(
+        "Processor threads for the computation. 0 leaves it to PyTorch.",
+        default=0,
+        check=_between(0, MAX_THREADS),
+        metavar="N",
     )
-    memory_bytes: int = setting(
-        0, 'Memory that blocks = "auto" may take; 0: half of what is free.', _between(0, 2**53)
+    cache_tokens: int = _setting(
+        "Room of the KV cache, in tokens of all sessions together.",
+        default=16384,
+        check=_at_least(1),
+        metavar="N",
+    )
+    max_sessions: int = _setting(
+        "The most sessions at one time.", default=64, check=_at_least(1), metavar="N"
+    )
+    max_step_tokens: int = _setting(
+        "The most tokens that a session may send in one step.",
+        default=512,
+        check=_between(1, 65536),
+        metavar="N",
+    )
+    memory_bytes: int = _setting(
+        'Memory for weights and cache when blocks = "auto". 0: half of what is free.',
+        default=0,
+        check=_at_least(0),
+        metavar="BYTES",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RouteConfig:
-    """Using models through the swarm, for this machine's apps."""
+    """Running models through the swarm, for the apps of this machine."""
 
-    models: tuple[str, ...] = setting(
-        (), "Models to load at the start; the first is the default. Others load when first used."
+    models: tuple[str, ...] = _setting(
+        "Models to make ready at the start. Others of the store are loaded when first used.",
+        default=(),
+        check=_check_names,
+        metavar="NAME",
     )
-    dtype: str = setting(
-        "float32",
-        "Of the embedding and the head, which are held here.",
-        _one_of("float32", "bfloat16", "float16"),
+    dtype: str = _setting(
+        "Of embedding and head, and so of the hidden states that are sent: as for [serve].",
+        default="float32",
+        check=_DTYPES,
+        metavar="DTYPE",
     )
-    threads: int = setting(
-        0, "CPU threads, where the daemon serves nothing; 0 lets PyTorch choose.", _between(0, 1024)
+    threads: int = _setting(
+        "Processor threads, where [serve] threads is 0. 0 leaves it to PyTorch.",
+        default=0,
+        check=_between(0, MAX_THREADS),
+        metavar="N",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Everything, by section."""
+    """All of it, one section for each concern."""
 
-    daemon: DaemonConfig = field(default_factory=DaemonConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    serve: ServeConfig = field(default_factory=ServeConfig)
-    route: RouteConfig = field(default_factory=RouteConfig)
+    daemon: DaemonConfig
+    network: NetworkConfig
+    serve: ServeConfig
+    route: RouteConfig
 
 
-SECTIONS: dict[str, type[Any]] = {
-    "daemon": DaemonConfig,
-    "network": NetworkConfig,
-    "serve": ServeConfig,
-    "route": RouteConfig,
+_SECTIONS: dict[str, type[Any]] = get_type_hints(Config)
+_HINTS: dict[str, dict[str, Any]] = {
+    name: get_type_hints(section) for name, section in _SECTIONS.items()
+}
+_KINDS = {
+    str: "a string",
+    Path: "a path as a string",
+    int: "a whole number",
+    float: "a number",
+    tuple[str, ...]: "a list of strings",
 }
 
 
-def parse_arguments(argv: Sequence[str]) -> Config:
-    """The configuration of a command line, file included; exits for ``--help`` and the like.
+def parse_arguments(arguments: Sequence[str]) -> Config:
+    """Reads the command line, and the file that it names.
+
+    Exits by itself where only ``--help``, ``--version`` or ``--print-config`` was asked for.
 
     Raises:
-        ConfigError: names the place, what was expected, and the nearest known key.
+        ConfigError: the text names the file or flag, the key, and what was expected.
     """
-    arguments = vars(_make_parser().parse_args(argv))
-    if arguments.pop("print_config"):
-        sys.stdout.write(format_default_config())
-        raise SystemExit(0)
-    file: Path | None = arguments.pop("config")
-    raw = _read_file(file) if file is not None else {}
-    for name, value in arguments.items():
-        if value is not None:
-            section, _, key = name.partition("__")
-            raw.setdefault(section, {})[key] = value
-    return make_config(raw, origin=str(file) if file is not None else "the command line")
+    args = _parse_flags(arguments)
+    values = _default_values(os.environ)
+    if args.config is not None:
+        for section, settings in load_settings(Path(args.config)).items():
+            values[section].update(settings)
+    for section, setting in _all_settings():
+        given = getattr(args, _destination(section, setting))
+        if given is not None:
+            flag = _flag(section, setting)
+            value = _convert_flag(given, _HINTS[section][setting.name], flag)
+            _check(setting, value, flag)
+            values[section][setting.name] = value
+    config = Config(**{name: cls(**values[name]) for name, cls in _SECTIONS.items()})
+    if not config.serve.model and config.serve.blocks != ANY_BLOCKS:
+        raise ConfigError(
+            f"[serve] blocks is {config.serve.blocks}, but no model is given; set [serve] model too"
+        )
+    if args.print_config:
+        sys.stdout.write(format_config(config))
+        sys.exit(0)
+    return config
 
 
-def make_config(raw: Mapping[str, Any], *, origin: str) -> Config:
-    """The configuration of nested maps, as TOML gives them.
+def load_settings(path: Path) -> dict[str, dict[str, Any]]:
+    """Reads a file; gives what it sets, of the right types and ranges.
 
     Raises:
-        ConfigError: as `parse_arguments`.
+        ConfigError: the file cannot be read, or says what it should not.
     """
-    _check_known(raw, SECTIONS, f"{origin}: section")
-    sections = {}
-    for name, cls in SECTIONS.items():
-        values = raw.get(name, {})
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{origin}: [{name}] is no section")
-        sections[name] = _make_section(cls, values, f"{origin}: [{name}]")
-    return Config(**sections)
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    settings: dict[str, dict[str, Any]] = {}
+    for section, table in document.items():
+        if section not in _SECTIONS:
+            raise ConfigError(f"{path}: unknown section [{section}]; {_suggest_section(section)}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {section} should be a section, written [{section}]")
+        known = {setting.name: setting for setting in fields(_SECTIONS[section])}
+        settings[section] = {}
+        for key, raw in table.items():
+            if key not in known:
+                raise ConfigError(
+                    f'{path}: [{section}] has no key "{key}"; {_suggest_key(section, key)}'
+                )
+            place = f"{path}: [{section}] {key}"
+            value = _convert_toml(raw, _HINTS[section][key], place)
+            _check(known[key], value, place)
+            settings[section][key] = value
+    return settings
 
 
-def format_default_config() -> str:
-    """The defaults as a TOML file with comments; it reads back as the defaults."""
-    lines = ["# Configuration of petald. Each setting is also a flag: [serve] blocks is", ""]
-    lines[0] += " --serve-blocks."
-    for name, cls in SECTIONS.items():
-        defaults = cls()
-        lines += [f"# {(cls.__doc__ or '').strip()}", f"[{name}]"]
-        for one in dataclasses.fields(cls):
-            value = getattr(defaults, one.name)
-            lines += [f"# {one.metadata['help']}", f"{one.name} = {_format_toml(value)}"]
-        lines.append("")
-    return "\n".join(lines)
+def format_config(config: Config) -> str:
+    """The configuration as a file with explanations, which reads back as the same.
+
+    What depends on the machine stands there as a comment, where it is the default.
+    """
+    defaults = _default_values(os.environ)
+    parts = ["# The configuration of petald. Start it with: petald --config FILE\n"]
+    for section, cls in _SECTIONS.items():
+        lines = [f"# {cls.__doc__}", f"[{section}]"]
+        for setting in fields(cls):
+            value = getattr(getattr(config, section), setting.name)
+            is_of_machine = setting.default is MISSING and value == defaults[section][setting.name]
+            lines.append("")
+            lines += [f"# {line}" for line in textwrap.wrap(setting.metadata["help"], _TEXT_WIDTH)]
+            mark = "# " if is_of_machine else ""
+            lines.append(f"{mark}{setting.name} = {_format_toml(value)}")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """Where the daemon keeps what must last: as systemd says, or as XDG does."""
+    if given := environ.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])
+    state_home = environ.get("XDG_STATE_HOME")
+    if state_home and Path(state_home).is_absolute():
+        return Path(state_home) / "petald"
+    home = environ.get("HOME")
+    return (Path(home) if home else Path.home()) / ".local" / "state" / "petald"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see petald --help)")
+
+
+def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
         prog="petald",
-        description="Lends this machine's idle compute to a swarm that runs large language models.",
+        description="The daemon with which people together run language models too large for any "
+        "one of them. Settings come from the defaults, then the file, then the flags.",
+        allow_abbrev=False,
     )
     version = importlib.metadata.version("petald")
     parser.add_argument("--version", action="version", version=f"petald {version}")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with the settings")
+    parser.add_argument("--config", metavar="FILE", help="a TOML file with settings")
     parser.add_argument(
-        "--print-config", action="store_true", help="print a commented default file, and exit"
+        "--print-config",
+        action="store_true",
+        help="print all settings as a TOML file with explanations, and exit",
     )
-    for section, cls in SECTIONS.items():
+    defaults = _default_values(os.environ)
+    for section, cls in _SECTIONS.items():
         group = parser.add_argument_group(f"[{section}]", cls.__doc__)
-        hints = typing.get_type_hints(cls)
-        for one in dataclasses.fields(cls):
-            flag = f"--{section}-{one.name}".replace("_", "-")
-            kind = hints[one.name]
-            is_list = typing.get_origin(kind) is tuple
+        for setting in fields(cls):
+            is_list = _HINTS[section][setting.name] == tuple[str, ...]
+            default = defaults[section][setting.name]
+            shown = " ".join(default) if is_list else str(default)
+            text = setting.metadata["help"] + (" May be repeated." if is_list else "")
             group.add_argument(
-                flag,
-                dest=f"{section}__{one.name}",
-                type=str if is_list or kind is Path else kind,
+                _flag(section, setting),
+                dest=_destination(section, setting),
                 action="append" if is_list else "store",
-                metavar=one.name.rpartition("_")[2].upper(),
-                help=one.metadata["help"].replace("%", "%%")
-                + (" May be repeated." if is_list else ""),
+                metavar=setting.metadata["metavar"],
+                help=f"{text} Default: {shown or 'none'}".replace("%", "%%"),
             )
-    return parser
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        advice = f"; the nearest is {near[0]}" if near else ""
+        raise ConfigError(f"unknown argument {unknown[0]!r}{advice} (see petald --help)")
+    return args
 
 
-def _read_file(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is no TOML: {error}") from error
+def _default_values(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    values: dict[str, dict[str, Any]] = {
+        name: {each.name: each.default for each in fields(cls) if each.default is not MISSING}
+        for name, cls in _SECTIONS.items()
+    }
+    values["daemon"]["socket"] = listen_socket_path(environ)
+    values["daemon"]["state_dir"] = default_state_dir(environ)
+    return values
 
 
-def _make_section(cls: type[T], raw: Mapping[str, Any], where: str) -> T:
-    hints = typing.get_type_hints(cls)
-    _check_known(raw, hints, f"{where}: key")
-    values = {}
-    for one in dataclasses.fields(cls):  # type: ignore[arg-type]  # SECTIONS holds dataclasses
-        if one.name in raw:
-            value = _convert(raw[one.name], hints[one.name], f"{where} {one.name}")
-            check = one.metadata["check"]
-            problem = check(value) if check else None
-            if problem:
-                raise ConfigError(f"{where} {one.name} {problem}; {raw[one.name]!r} came")
-            values[one.name] = value
-    return cls(**values)
+def _all_settings() -> Iterator[tuple[str, Field[Any]]]:
+    for section, cls in _SECTIONS.items():
+        for setting in fields(cls):
+            yield section, setting
 
 
-def _convert(raw: Any, kind: Any, where: str) -> Any:
-    if typing.get_origin(kind) is tuple:
-        if isinstance(raw, list) and all(isinstance(item, str) for item in raw):
-            return tuple(raw)
-        raise ConfigError(f"{where} must be a list of texts; {raw!r} came")
+def _flag(section: str, setting: Field[Any]) -> str:
+    return f"--{section}-{setting.name.replace('_', '-')}"
+
+
+def _destination(section: str, setting: Field[Any]) -> str:
+    return f"{section}.{setting.name}"
+
+
+def _convert_toml(raw: object, kind: Any, place: str) -> Any:
+    if kind is str and isinstance(raw, str):
+        return raw
     if kind is Path and isinstance(raw, str) and raw:
-        return Path(raw).expanduser()
-    if kind is float and type(raw) is int:
-        return float(raw)
-    if type(raw) is not kind:
-        wanted = {str: "a text", int: "a whole number", float: "a number", Path: "a path"}[kind]
-        raise ConfigError(f"{where} must be {wanted}; {raw!r} came")
-    return raw
+        return Path(raw).expanduser().absolute()
+    if kind is int and type(raw) is int:
+        return raw
+    if kind is float and type(raw) in (int, float):
+        return float(str(raw))
+    if isinstance(raw, list) and kind == tuple[str, ...] and all(type(x) is str for x in raw):
+        return tuple(raw)
+    raise ConfigError(f"{place}: expected {_KINDS[kind]}, not {raw!r}")
 
 
-def _check_known(raw: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
-    for name in raw:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"{what} {name!r} is not known; {hint}")
+def _convert_flag(given: str | list[str], kind: Any, flag: str) -> Any:
+    if isinstance(given, list) or kind is str:
+        return tuple(given) if isinstance(given, list) else given
+    try:
+        number = {int: int, float: float}.get(kind, str)(given)
+    except ValueError:
+        raise ConfigError(f"{flag}: expected {_KINDS[kind]}, not {given!r}") from None
+    return _convert_toml(number, kind, flag)
+
+
+def _check(setting: Field[Any], value: Any, place: str) -> None:
+    check: Check = setting.metadata["check"]
+    try:
+        check(value)
+    except (ValueError, ConfigError) as error:
+        shown = str(value) if isinstance(value, Path) else value
+        is_quoted = isinstance(value, tuple) or repr(shown) in str(error)
+        came = "" if is_quoted else f", not {shown!r}"
+        raise ConfigError(f"{place}: {error}{came}") from error
+
+
+def _suggest_section(section: str) -> str:
+    near = difflib.get_close_matches(section, _SECTIONS, n=1)
+    known = ", ".join(f"[{name}]" for name in _SECTIONS)
+    return f"the nearest is [{near[0]}]" if near else f"there are {known}"
+
+
+def _suggest_key(section: str, key: str) -> str:
+    own = [setting.name for setting in fields(_SECTIONS[section])]
+    if near := difflib.get_close_matches(key, own, n=1):
+        return f'the nearest is "{near[0]}"'
+    elsewhere = [name for name, setting in _all_settings() if setting.name == key]
+    if elsewhere:
+        return f"[{elsewhere[0]}] has it"
+    return f"it has {', '.join(own)}"
 
 
 def _format_toml(value: Any) -> str:
     if isinstance(value, tuple):
-        return "[" + ", ".join(_format_toml(item) for item in value) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return str(value)
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'
+        return f"[{', '.join(_format_toml(each) for each in value)}]"
+    if isinstance(value, str | Path):
+        # A basic string of TOML escapes as JSON does, but for DEL.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007F")
+    return repr(value)

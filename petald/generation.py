@@ -9,6 +9,7 @@ states every hop has cached, so what a new prompt shares with it need not be sen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -193,10 +194,11 @@ class GenerationJob:
                 finish_reason = "stop" if is_end else "stop_text" if stream.is_stopped else "length"
                 text += stream.finish()
             pieces.append(text)
-            await self._send(Generated(job=request.job, tokens=(token,), text=text))
+            news = Generated(job=request.job, tokens=(token,), text=text)
             if is_end or stream.is_stopped or len(tokens) >= self._limit:
+                await self._send(news)
                 break
-            hidden_SD = await self._decode(kept, token, next_SD)
+            hidden_SD = await self._decode(kept, token, next_SD, news)
         self._clock.ended_at = trio.current_time()
         await self._send(
             GenerateDone(
@@ -262,11 +264,19 @@ class GenerationJob:
         kept.cached = list(self._prompt)
         return self._read_row(kept, results[starts[-1]])
 
-    async def _decode(self, kept: KeptSession, token: int, hidden_SD: torch.Tensor) -> torch.Tensor:
-        """Runs one decode step; gives the output, ``[1, hidden]``."""
+    async def _decode(
+        self, kept: KeptSession, token: int, hidden_SD: torch.Tensor, news: Generated
+    ) -> torch.Tensor:
+        """Runs one decode step; gives the output, ``[1, hidden]``.
+
+        The app is told of the token while the step is on its way.
+        """
         try:
             result = await kept.session.run_step(
-                to_wire(hidden_SD), position=len(kept.cached), wanted=Wanted.LAST
+                to_wire(hidden_SD),
+                position=len(kept.cached),
+                wanted=Wanted.LAST,
+                meanwhile=functools.partial(self._send, news),
             )
         except (HopFailed, SessionLost) as error:
             self._on_failure(error)

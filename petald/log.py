@@ -17,11 +17,23 @@ import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 MAX_VALUE_CHARACTERS = 300
 
-_LIBRARIES = ("asyncio", "filelock", "httpx", "httpcore", "huggingface_hub", "torch", "urllib3")
+_LIBRARIES = (
+    "async_service",
+    "asyncio",
+    "filelock",
+    "httpcore",
+    "httpx",
+    "huggingface_hub",
+    "libp2p",
+    "multiaddr",
+    "noise",
+    "torch",
+    "urllib3",
+)
 _FIELDS = "petald_fields"
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
@@ -86,12 +98,10 @@ def configure_logging(settings: LogSettings) -> None:
 
 def format_value(value: object) -> str:
     """A field's value on one line: quoted where it has spaces, cut where it is long."""
-    text = str(value)
-    if len(text) > MAX_VALUE_CHARACTERS:
-        text = f"{text[:MAX_VALUE_CHARACTERS]}... ({len(text)} characters)"
+    text = _cut(str(value))
     if text and text.isprintable() and not any(mark in text for mark in ' "=\\'):
         return text
-    return json.dumps(text)
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 class TextFormatter(logging.Formatter):
@@ -99,7 +109,7 @@ class TextFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._is_journal = "JOURNAL_STREAM" in os.environ
+        self._is_journal = _is_journal(sys.stderr)
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -129,13 +139,28 @@ class JsonFormatter(logging.Formatter):
             "event": record.getMessage(),
         }
         entry |= {
-            name: value if isinstance(value, int | float | bool) else str(value)
+            name: value if isinstance(value, int | float | bool) else _cut(str(value))
             for name, value in fields.items()
             if name not in entry
         }
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         return json.dumps(entry)
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether what is written there goes to journald: systemd.exec(5), ``$JOURNAL_STREAM``."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MAX_VALUE_CHARACTERS:
+        return text
+    return f"{text[:MAX_VALUE_CHARACTERS]}... ({len(text)} characters)"
 
 
 def _escape(text: str) -> str:

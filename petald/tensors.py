@@ -9,7 +9,6 @@ Shapes: S tokens, D hidden size.
 from __future__ import annotations
 
 import sys
-import warnings
 
 import torch
 
@@ -41,8 +40,6 @@ def from_wire(
 ) -> torch.Tensor:
     """Checks and decodes hidden states, ``[tokens, hidden]``.
 
-    The result may share the wire tensor's memory: read it, do not write to it.
-
     Args:
         tensor: as it came.
         hidden_size: that it must have.
@@ -64,10 +61,8 @@ def from_wire(
     wire_dtype = WIRE_DTYPES.get(tensor.dtype)
     if wire_dtype is None:
         raise RemoteProtocolError(f"hidden states came as {tensor.dtype}; a float was expected")
-    with warnings.catch_warnings():
-        # torch warns that the bytes are read-only; nothing here writes to them.
-        warnings.simplefilter("ignore", UserWarning)
-        rows_SD = torch.frombuffer(tensor.data, dtype=wire_dtype).view(shape)
+    rows_SD = torch.empty(shape, dtype=wire_dtype)
+    rows_SD.view(torch.uint8).numpy().data.cast("B")[:] = tensor.data
     if not torch.isfinite(rows_SD).all():
         raise RemoteProtocolError("hidden states came with numbers that are not finite")
     return rows_SD.to(device=device, dtype=dtype)

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
@@ -21,7 +24,17 @@ from kernels.errors import CorruptCheckpoint
 from petald.errors import BadRequest
 
 REPLACEMENT = "\ufffd"
-"""What the decoder writes for bytes that are no whole character yet."""
+"""What the decoder writes for bytes that are no whole character, or not yet."""
+
+WINDOW_TOKENS = 16
+"""Decoded anew for each token: more than the words and characters that tokens are parts of."""
+
+MAX_WINDOW_TOKENS = 32
+"""When no good place to cut the window was found: only what is no text comes here."""
+
+KEPT_TOKENS = 4
+MAX_UNCERTAIN = 3
+"""Characters at the end that a later byte may change: three bytes can wait for the fourth."""
 
 
 class ChatTurn(Protocol):
@@ -37,7 +50,12 @@ class ChatTurn(Protocol):
 
 
 class Tokenizer:
-    """A model's tokenizer; made by `Tokenizer.load`."""
+    """A model's tokenizer; made by `Tokenizer.load`.
+
+    Attributes:
+        eos_ids: that end an answer.
+        special_ids: that have no text.
+    """
 
     def __init__(
         self,
@@ -51,6 +69,9 @@ class Tokenizer:
         self._template = _compile(template) if template else None
         self._special_texts = special_texts
         self.eos_ids = eos_ids
+        self.special_ids = frozenset(
+            token for token, added in backend.get_added_tokens_decoder().items() if added.special
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -66,11 +87,13 @@ class Tokenizer:
             raise CorruptCheckpoint(
                 f"{file} cannot be read ({error}); fetch the model again"
             ) from error
+        backend.no_truncation()
+        backend.no_padding()
         settings = _read_json(folder / "tokenizer_config.json")
         template_file = folder / "chat_template.jinja"
         template = settings.get("chat_template")
         if template_file.is_file():
-            template = template_file.read_text(encoding="utf-8")
+            template = template_file.read_text(encoding="utf-8", errors="replace")
         if isinstance(template, list):  # several, by name
             by_name = {entry.get("name"): entry.get("template") for entry in template}
             template = by_name.get("default")
@@ -106,9 +129,13 @@ class Tokenizer:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=True, **self._special_texts
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_texts,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise BadRequest(f"the model's chat template refuses this: {error}") from error
 
     def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
@@ -130,57 +157,78 @@ class TextStream:
     """Text of tokens as they come, of which nothing is taken back.
 
     Held back are bytes that are no whole character yet, and text that may be the beginning of a
-    stop text. How it works: the ids of the last piece are decoded again together with the new one,
-    because a token's text may depend on the token before it (a leading space, say); what is new is
-    the difference. So a token costs the decoding of a few, however long the text is.
+    stop text. How it works: a token's text may depend on those before it (a leading space, the
+    bytes of one character), so a window of the last tokens is decoded as a whole, and what it has
+    beyond what was given already is new. A full window is cut to its last tokens, so many that
+    these alone decode to the same end. So a token costs the decoding of a few, however long the
+    text is.
 
     Args:
         tokenizer: of the model.
-        stop: texts at which the stream ends, before them.
+        stop: texts at which the stream ends, before them; the first that is complete counts.
+
+    Attributes:
+        is_stopped: whether one was found.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(text for text in stop if text)
-        self._ids: list[int] = []
-        self._known = 0
+        self._window: list[int] = []
+        self._given = 0
         self._held = ""
         self.is_stopped = False
 
     def feed(self, token: int) -> str:
         """Takes a token; gives the text that has become certain."""
-        if self.is_stopped:
+        if self.is_stopped or token in self._tokenizer.special_ids:
             return ""
-        self._ids.append(token)
-        before = self._tokenizer.decode(self._ids[: self._known])
-        after = self._tokenizer.decode(self._ids)
-        if after.endswith(REPLACEMENT) or len(after) < len(before):
-            return ""
-        del self._ids[: self._known]
-        self._known = len(self._ids)
-        return self._release(after[len(before) :])
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        certain = len(text.rstrip(REPLACEMENT))
+        if len(self._window) >= MAX_WINDOW_TOKENS:
+            certain = max(certain, len(text) - MAX_UNCERTAIN)
+        new = text[self._given : certain]
+        self._given = min(max(self._given, certain), len(text))
+        if len(self._window) >= WINDOW_TOKENS:
+            self._cut_window(text)
+        return self._release(new)
 
     def finish(self) -> str:
         """The rest, when no more tokens come."""
         if self.is_stopped:
             return ""
-        before = self._tokenizer.decode(self._ids[: self._known])
-        after = self._tokenizer.decode(self._ids)
-        self._ids.clear()
-        self._known = 0
-        text = self._release(after[len(before) :])
-        if self.is_stopped:
-            return text
-        text, self._held = text + self._held, ""
+        new = self._tokenizer.decode(self._window)[self._given :]
+        self._window.clear()
+        self._given = 0
+        text = self._release(new)
+        if not self.is_stopped:
+            text, self._held = text + self._held, ""
         return text
+
+    def _cut_window(self, text: str) -> None:
+        is_overfull = len(self._window) >= MAX_WINDOW_TOKENS
+        if text.endswith(REPLACEMENT) and not is_overfull:
+            return
+        for count in range(KEPT_TOKENS, WINDOW_TOKENS):
+            kept = self._window[-count:]
+            kept_text = self._tokenizer.decode(kept)
+            given = len(kept_text) - (len(text) - self._given)
+            if given <= 0:
+                continue  # a decoder may treat the first text in a special way: it must be past
+            is_same_end = text.endswith(kept_text)
+            if is_same_end or (is_overfull and kept_text[given:] == text[self._given :]):
+                self._window = kept
+                self._given = given
+                break
 
     def _release(self, new: str) -> str:
         text = self._held + new
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.is_stopped = True
             self._held = ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         kept = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
@@ -194,23 +242,65 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}``: marks an answer for training; here it is just its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _compile(template: str) -> jinja2.Template:
-    def raise_exception(text: str) -> NoReturn:
-        raise jinja2.TemplateError(text)
-
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
+    """What Hugging Face offers to templates is offered here, by the same names."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _GenerationTag],
     )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
         raise CorruptCheckpoint(f"the model's chat template cannot be read: {error}") from error
+
+
+def _raise_exception(text: str) -> NoReturn:
+    raise jinja2.TemplateError(text)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -65,6 +65,7 @@ M = TypeVar("M", bound=Message)
 
 _classes: dict[str, type[Message]] = {}
 _checks: dict[type, list[tuple[str, Check, bool]]] = {}
+_fields: dict[type, tuple[tuple[str, Any], ...]] = {}
 
 
 def message(name: str) -> Callable[[type[M]], type[M]]:
@@ -94,18 +95,17 @@ def encode_message(value: Message, *, max_frame_bytes: int = MAX_FRAME_BYTES) ->
     """
     packer = msgpack.Packer(autoreset=False)
     parts: list[bytes | memoryview] = [b""]
-    fields = [
-        field
-        for field in dataclasses.fields(value)  # type: ignore[arg-type]  # every Message is one
-        if getattr(value, field.name) != field.default
-        or isinstance(getattr(value, field.name), WireTensor)
+    contents = [(name, getattr(value, name), default) for name, default in _fields_of(type(value))]
+    sent = [
+        (name, content)
+        for name, content, default in contents
+        if isinstance(content, WireTensor) or content != default
     ]
-    packer.pack_map_header(len(fields) + 1)
+    packer.pack_map_header(len(sent) + 1)
     packer.pack(TYPE_KEY)
     packer.pack(value.MESSAGE_NAME)
-    for field in fields:
-        packer.pack(field.name)
-        content = getattr(value, field.name)
+    for name, content in sent:
+        packer.pack(name)
         if isinstance(content, WireTensor):
             head = encode_tensor_header(content)
             data = content.data
@@ -182,15 +182,24 @@ class Record:
             raise RemoteProtocolError(f"in a {cls.__name__}, {error}") from None
 
 
+def _fields_of(cls: type) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults of a dataclass."""
+    known = _fields.get(cls)
+    if known is None:
+        fields = dataclasses.fields(cls)
+        known = _fields[cls] = tuple((field.name, field.default) for field in fields)
+    return known
+
+
 def _plain(content: Any) -> Any:
-    if dataclasses.is_dataclass(content) and not isinstance(content, type):
-        return {
-            field.name: _plain(getattr(content, field.name))
-            for field in dataclasses.fields(content)
-            if getattr(content, field.name) != field.default
-        }
-    if isinstance(content, (tuple, list)):
+    if isinstance(content, str | int | float | bytes | bool | None):
+        return content
+    if isinstance(content, tuple | list):
         return [_plain(item) for item in content]
+    if dataclasses.is_dataclass(content):
+        cls: type = type(content)
+        values = ((name, getattr(content, name), it) for name, it in _fields_of(cls))
+        return {name: _plain(value) for name, value, default in values if value != default}
     return content
 
 

@@ -126,8 +126,11 @@ class StandIn:
 @contextmanager
 def run_stand_in(script: Script, path: Path | None = None) -> Iterator[StandIn]:
     """Runs the script for each connection until the block is left."""
-    with tempfile.TemporaryDirectory(prefix="petald-test-") as folder:
-        stand_in = StandIn(path or Path(folder) / "petald.sock")
+    with contextlib.ExitStack() as stack:
+        if path is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="petald-test-"))
+            path = Path(folder) / "petald.sock"
+        stand_in = StandIn(path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(str(stand_in.path))
             listener.listen(16)

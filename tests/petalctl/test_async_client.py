@@ -33,7 +33,11 @@ async def test_reports_and_text() -> None:
             async with client.generate("hi") as generation:
                 events = [event async for event in generation.events()]
                 assert [type(event).__name__ for event in events] == [
-                    "Progress", "Generated", "Generated", "Generated", "GenerateDone"
+                    "Progress",
+                    "Generated",
+                    "Generated",
+                    "Generated",
+                    "GenerateDone",
                 ]
             await client.close_session("s")
 
@@ -76,7 +80,8 @@ async def test_cancelled_scope_cancels_the_job_and_no_other() -> None:
         assert conversation.receive() == Cancel(job=first.job)
         conversation.send(*pieces(first.job, ["too late"]), *pieces(second.job, ["b"]))
         conversation.send(done(first.job, ["too late"]), done(second.job, ["b"]))
-        assert isinstance(asked := conversation.receive(), StatusRequest)
+        asked = conversation.receive()
+        assert isinstance(asked, StatusRequest)
         conversation.send(status_report(asked.job))
 
     with run_stand_in(script) as daemon, trio.fail_after(30):

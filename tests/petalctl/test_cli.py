@@ -229,7 +229,7 @@ def test_swarm_names_what_is_uncovered(run: Run) -> None:
         status, out, err = run("--socket", daemon.path, "swarm")
         assert (status, err) == (0, "")
         assert "[221.]" in out
-        assert "0:2 ×2, 2:3 ×1" in out
+        assert "0:2 ×2, 2:3 ×1" in out  # noqa: RUF001
         assert "UNCOVERED: 3:4" in out
         assert re.search(r"…AAAAAA +0:2 +serving +float32 +31\.2 +8000/8192 +0\.7 ms", out)
         status, out, _ = run("--socket", daemon.path, "swarm", "--model", "tiny", "--json")

@@ -95,8 +95,8 @@ def test_interrupt_keeps_the_text_and_cancels_the_job() -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
         assert process.returncode == 130
-        assert (begun + out).startswith("w1 w2 w3 ")
-        assert out.endswith(" \n")
+        assert (begun + out).startswith("w1 w2 ")
+        assert (begun + out).endswith(" \n")
         assert err == ""
         assert daemon.wait_received(Cancel) == Cancel(job=1)
 
@@ -200,4 +200,3 @@ def test_chat_in_a_terminal_survives_an_interrupted_answer() -> None:
         terminal.wait_seen("> ")
         terminal.type("\x04")
         assert terminal.wait() == 0
-

@@ -144,7 +144,7 @@ def test_stopped_generation_ends_with_cancelled() -> None:
     with run_stand_in(speak_until_cancelled) as daemon, Client(daemon.path) as client:
         generation = client.generate("hi")
         seen = []
-        with pytest.raises(JobError) as caught:
+        with pytest.raises(JobError) as caught:  # noqa: PT012
             for piece in generation:
                 seen.append(piece)
                 if len(seen) == 3:
@@ -206,7 +206,7 @@ def test_reason_for_a_closed_connection_is_heard_when_sending_fails() -> None:
         conversation.send(JobFailed(job=0, code="overloaded", text="too many connections"))
 
     with run_stand_in(script) as daemon, Client(daemon.path) as client:
-        with pytest.raises((JobError, ConnectionLost)) as caught:
+        with pytest.raises((JobError, ConnectionLost)) as caught:  # noqa: PT012
             for _ in range(100):
                 client.generate("x" * 100_000).result()
         assert caught.value.code == "overloaded"
@@ -234,7 +234,7 @@ def test_missing_socket_says_where_was_looked(
     with pytest.raises(DaemonUnreachable, match=r"at .*/petald/petald.sock \(nor at .* or "):
         Client()
     monkeypatch.setenv("PETALD_SOCKET", str(tmp_path / "mine"))
-    with pytest.raises(DaemonUnreachable, match="mine. Start"):
+    with pytest.raises(DaemonUnreachable, match=r"mine\. Start"):
         Client()
 
 
@@ -256,7 +256,7 @@ def test_forbidden_socket_names_the_remedy(tmp_path: Path) -> None:
         forbidden.bind(str(tmp_path / "s"))
         forbidden.listen()
         (tmp_path / "s").chmod(stat.S_IRUSR)
-        with pytest.raises(DaemonUnreachable, match="no permission.*daemon's user"):
+        with pytest.raises(DaemonUnreachable, match=r"no permission.*daemon's user"):
             Client(tmp_path / "s")
 
 

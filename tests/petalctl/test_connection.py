@@ -148,7 +148,7 @@ def test_answer_that_makes_no_sense_ends_the_connection(answer: bytes) -> None:
     connection = ControlConnection()
     job, _ = connection.begin(Generate(job=0, prompt="p"))
     connection.receive_data(answer)
-    with pytest.raises(DaemonUnreachable, match="cannot be read"):
+    with pytest.raises(DaemonUnreachable, match="cannot be read"):  # noqa: PT012
         for _ in range(3):
             connection.next_answer(job)
             connection.begin(StatusRequest(job=0))

@@ -39,7 +39,7 @@ def test_answer_on_a_terminal_cannot_steer_it() -> None:
 def test_neutral_text_has_no_controls_and_the_same_length(text: str) -> None:
     shown = neutralise(text)
     assert len(shown) == len(text)
-    assert not any(ord(c) < 32 and c not in "\t\n" or 0x7F <= ord(c) < 0xA0 for c in shown)
+    assert not any((ord(c) < 32 and c not in "\t\n") or 0x7F <= ord(c) < 0xA0 for c in shown)
     assert "\n" not in neutralise_line(text)
 
 
@@ -55,7 +55,7 @@ def test_coverage_is_told_without_loss(coverage: list[int]) -> None:
 
 
 def test_coverage_in_words() -> None:
-    assert describe_coverage([2, 2, 0, 1]) == "0:2 ×2, 3:4 ×1"
+    assert describe_coverage([2, 2, 0, 1]) == "0:2 ×2, 3:4 ×1"  # noqa: RUF001
     assert describe_coverage([]) == ""
 
 
@@ -75,9 +75,11 @@ def test_ids_of_one_kind_are_told_apart_by_their_ends() -> None:
 def test_words_of_peers_are_text_and_not_markup() -> None:
     report = swarm_report(1)
     swarm = report.models[0]
-    hostile = replace(swarm, model="[red]\x1b[31m", servers=(
-        replace(swarm.servers[0], state="[bold]x[/bold]", dtype="a\nb"),
-    ))
+    hostile = replace(
+        swarm,
+        model="[red]\x1b[31m",
+        servers=(replace(swarm.servers[0], state="[bold]x[/bold]", dtype="a\nb"),),
+    )
     page = io.StringIO()
     print_rich(render_swarm(replace(report, models=(hostile,))), page)
     assert "[red]␛[31m" in page.getvalue()
