@@ -1,200 +1,325 @@
-"""``petalctl service``: petald under systemd, for one user or for the machine.
+"""``petalctl service``: petald as a service of systemd, of the machine or of one user.
 
-The unit comes from the template that ships with petald; what is filled in is where this
-environment's ``petald`` is, and where the configuration. Nothing is started unless asked for.
+Writes one unit file and asks systemctl for the rest. Nothing here imports the daemon.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
-import string
 import subprocess
 import sys
-from collections.abc import Mapping
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from petalctl.errors import CommandError
-
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+from petalctl.terminal import neutralise
 
 UNIT_NAME = "petald.service"
-SYSTEM_UNITS = Path("/etc/systemd/system")
+SYSTEM_UNIT_FOLDER = Path("/etc/systemd/system")
+SYSTEM_CONFIG = Path("/etc/petald/petald.toml")
+SYSTEMD_RUNS = Path("/run/systemd/system")
+"""There while systemd is what the machine was started with: sd_booted(3)."""
 
-_SYSTEM_IDENTITY = """\
+FIRST_LINE = "# petald as a service of systemd"
+EXIT_NOT_RUNNING = 3
+
+_OF_SYSTEM = """\
+
 DynamicUser=yes
-SupplementaryGroups=video render
+Environment=PETALD_HOME=%S/petald
 ProtectHome=read-only
-Environment=PETALD_HOME=/var/lib/petald"""
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+CapabilityBoundingSet=
+"""
 
 
-def add_service_parser(subparsers: Subparsers) -> None:
-    """Adds ``petalctl service ...``."""
-    parser = subparsers.add_parser("service", help="run petald as a systemd service")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    install = actions.add_parser("install", help="write the systemd unit")
-    install.add_argument("--config", type=Path, metavar="FILE", help="petald's configuration")
-    install.add_argument("--now", action="store_true", help="enable and start it, too")
-    install.add_argument(
-        "--print", action="store_true", dest="is_dry", help="print the unit, write nothing"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manager:
+    """One of the two service managers: the machine's, or the user's.
+
+    Attributes:
+        default_config: taken, where it exists, when no other configuration is named.
+    """
+
+    is_system: bool
+    unit: Path
+    default_config: Path
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """How to talk to it."""
+        return ("systemctl",) if self.is_system else ("systemctl", "--user")
+
+    @property
+    def flag(self) -> str:
+        """How the user of ``petalctl service`` names it."""
+        return "--system" if self.is_system else "--user"
+
+
+def add_service_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register ``service`` and its subcommands; each sets ``run``, from args to status."""
+    service = subparsers.add_parser(
+        "service", help="have systemd keep the daemon running", allow_abbrev=False
     )
-    install.set_defaults(run=run_install)
-    uninstall = actions.add_parser("uninstall", help="stop petald and remove the unit")
-    uninstall.set_defaults(run=run_uninstall)
-    status = actions.add_parser("status", help="what systemd says of it")
-    status.set_defaults(run=run_status)
-    for action in (install, uninstall, status):
-        scope = action.add_mutually_exclusive_group()
-        scope.add_argument(
-            "--user", action="store_true", help="for this user (the default, except for root)"
-        )
-        scope.add_argument("--system", action="store_true", help="for the machine; needs root")
+    commands = service.add_subparsers(dest="service_command", required=True, metavar="COMMAND")
+    install = commands.add_parser(
+        "install",
+        help="make the daemon a service",
+        description="Write the service's unit file, for the machine where root asks, and else for "
+        "the user.",
+        allow_abbrev=False,
+    )
+    _add_manager(install, run_install)
+    install.add_argument("--config", metavar="FILE", help="the daemon's configuration")
+    install.add_argument("--now", action="store_true", help="start it, now and at every boot")
+    install.add_argument(
+        "--print",
+        dest="only_print",
+        action="store_true",
+        help="print the unit file, change nothing",
+    )
+    uninstall = commands.add_parser(
+        "uninstall", help="stop the service, and remove it", allow_abbrev=False
+    )
+    _add_manager(uninstall, run_uninstall)
+    status = commands.add_parser("status", help="what systemd says of it", allow_abbrev=False)
+    _add_manager(status, run_status)
 
 
 def run_install(args: argparse.Namespace) -> int:
-    """Writes the unit; with ``--now``, starts it."""
-    is_system = _is_system(args)
-    unit = format_unit(is_system=is_system, command=_find_command(args.config))
-    if args.is_dry:
+    """Writes the unit file, and starts the service where that was asked for."""
+    manager = _choose_manager(args.is_system)
+    executable = find_executable()
+    config = _choose_config(args.config, manager, executable)
+    unit = format_unit(executable, config, is_system=manager.is_system)
+    if args.only_print:
         print(unit, end="")
         return 0
-    path = unit_folder(is_system=is_system, environ=os.environ) / UNIT_NAME
-    _write(path, unit)
-    print(f"{path} is written.")
+    _require_systemd()
+    if manager.unit.exists() and not _is_own(manager.unit):
+        raise CommandError(
+            f"{manager.unit} was not written by petalctl; remove it yourself if you want another",
+            code="service_exists",
+        )
+    _write(manager.unit, unit)
+    _call(manager, "daemon-reload")
+    print(f"wrote {manager.unit}")
+    if config is None:
+        print(f"no configuration yet; make one: petald --print-config > {manager.default_config}")
     if args.now:
-        _systemctl(is_system, "daemon-reload")
-        _systemctl(is_system, "enable", "--now", UNIT_NAME)
-        print("petald runs, and will with every start.")
-        return 0
-    scope = "" if is_system else "--user "
-    print(
-        f"Start it now and with every {'boot' if is_system else 'login'}:\n"
-        f"  systemctl {scope}daemon-reload && systemctl {scope}enable --now petald"
-    )
-    if not is_system:
-        print("Keep it running when you are logged out:\n  loginctl enable-linger")
+        _call(manager, "enable", UNIT_NAME)
+        _call(manager, "restart", UNIT_NAME)
+        print(f"petald runs; look at it with: petalctl service status {manager.flag}")
+    else:
+        print(f"start it, now and at every boot: {' '.join(manager.command)} enable --now petald")
+    if manager.is_system:
+        print('only root may use its socket, unless [daemon] socket_mode says "0666", say')
+    else:
+        print("to keep it running while you are logged out: loginctl enable-linger")
     return 0
 
 
 def run_uninstall(args: argparse.Namespace) -> int:
-    """Stops petald and removes the unit."""
-    is_system = _is_system(args)
-    path = unit_folder(is_system=is_system, environ=os.environ) / UNIT_NAME
-    if not path.exists():
-        raise CommandError(f"{path} is not there; nothing to remove", code="not_installed")
-    if shutil.which("systemctl"):
-        _systemctl(is_system, "disable", "--now", UNIT_NAME)
-    _unlink(path)
-    if shutil.which("systemctl"):
-        _systemctl(is_system, "daemon-reload")
-    print(f"{path} is removed.")
+    """Stops the service and removes its unit file; leaves models and keys alone."""
+    manager = _find_installed(args.is_system)
+    _require_systemd()
+    if not _is_own(manager.unit):
+        raise CommandError(
+            f"{manager.unit} was not written by petalctl; remove it yourself", code="service_exists"
+        )
+    _call(manager, "disable", "--now", UNIT_NAME)
+    try:
+        manager.unit.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(manager.unit, error) from error
+    _call(manager, "daemon-reload")
+    print(f"removed {manager.unit}; models, keys and configuration are left")
     return 0
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Shows what systemd says."""
-    _need_systemctl()
-    scope = [] if _is_system(args) else ["--user"]
-    command = ["systemctl", *scope, "--no-pager", "status", UNIT_NAME]
-    return subprocess.run(command, check=False).returncode
+    """Shows what systemd says; 0 while the service runs, 3 while it does not."""
+    manager = _find_installed(args.is_system)
+    _require_systemd()
+    ended = subprocess.run(
+        [*manager.command, "status", "--no-pager", UNIT_NAME],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if not ended.stdout:
+        raise _systemctl_failed(manager, "status", ended.stderr)
+    print(neutralise(ended.stdout), end="")
+    return 0 if ended.returncode == 0 else EXIT_NOT_RUNNING
 
 
-def format_unit(*, is_system: bool, command: str) -> str:
-    """The unit's text.
+def find_executable() -> Path:
+    """The ``petald`` of the environment that this program runs in.
 
-    Args:
-        is_system: for the machine, not for one user.
-        command: for ``ExecStart=``, quoted as systemd wants it.
+    Raises:
+        CommandError: it is not installed there.
     """
-    template = string.Template(_template_path().read_text(encoding="utf-8"))
-    return template.substitute(
-        command=command,
-        scope="" if is_system else "--user ",
-        identity=_SYSTEM_IDENTITY if is_system else "",
-        target="multi-user.target" if is_system else "default.target",
+    for folder in (sysconfig.get_path("scripts"), str(Path(sys.executable).parent)):
+        executable = Path(folder).absolute() / "petald"
+        if os.access(executable, os.X_OK):
+            return executable
+    raise CommandError(
+        f"petald is not installed for {sys.executable}; install the package there",
+        code="not_installed",
     )
 
 
-def unit_folder(*, is_system: bool, environ: Mapping[str, str]) -> Path:
-    """Where systemd looks for units of an administrator, or of a user."""
-    if is_system:
-        return SYSTEM_UNITS
-    base = environ.get("XDG_CONFIG_HOME")
-    return (Path(base) if base else Path.home() / ".config") / "systemd" / "user"
-
-
-def quote_argument(text: str) -> str:
-    """A word of a command line as systemd reads it: systemd.service(5), COMMAND LINES."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return f'"{escaped}"' if escaped != text or any(c in text for c in " \t'") else text
-
-
-def _is_system(args: argparse.Namespace) -> bool:
-    return bool(args.system) or (os.geteuid() == 0 and not args.user)
-
-
-def _template_path() -> Path:
-    # Looked up, not imported: petalctl knows petald's files, not its code.
+def format_unit(executable: Path, config: Path | None, *, is_system: bool) -> str:
+    """The unit file."""
     spec = importlib.util.find_spec("petald")
-    if spec is None or not spec.submodule_search_locations:
-        raise CommandError("petald is not installed in this environment", code="no_petald")
-    return Path(spec.submodule_search_locations[0]) / UNIT_NAME
+    if spec is None or spec.origin is None:
+        raise CommandError("the package petald is not installed", code="not_installed")
+    template = Path(spec.origin).with_name(UNIT_NAME).read_text("utf-8")
+    words = [str(executable)] if config is None else [str(executable), "--config", str(config)]
+    return (
+        template.replace("@COMMAND@", " ".join(map(quote_word, words)))
+        .replace("@OF_MANAGER@\n", _OF_SYSTEM + "\n" if is_system else "\n")
+        .replace("@TARGET@", "multi-user.target" if is_system else "default.target")
+    )
 
 
-def _find_command(config: Path | None) -> str:
-    beside = Path(sys.executable).with_name("petald")
-    words = [str(beside)] if beside.exists() else [sys.executable, "-m", "petald"]
-    if config is not None:
-        if not config.is_file():
-            raise CommandError(
-                f"{config} is not there; `petald --print-config > {config}` writes one to begin "
-                "with",
-                code="no_config",
-            )
-        words += ["--config", str(config.resolve())]
-    return " ".join(quote_argument(word) for word in words)
+def quote_word(text: str) -> str:
+    """A word of a command line in a unit file: systemd.service(5), "Command lines".
+
+    Raises:
+        CommandError: it cannot stand there.
+    """
+    if not text.isprintable():
+        raise CommandError(f"a unit file cannot name {text!r}", code="bad_path")
+    text = text.replace("%", "%%")
+    if all(each.isalnum() or each in "/._-+:,=@%~" for each in text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
+    return f'"{escaped}"'
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
+def _add_manager(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--user", dest="is_system", action="store_false", default=None, help="of this user"
+    )
+    choice.add_argument(
+        "--system", dest="is_system", action="store_true", default=None, help="of the machine"
+    )
+    parser.set_defaults(run=run)
+
+
+def _choose_manager(is_system: bool | None) -> Manager:
+    if is_system is None:
+        is_system = os.geteuid() == 0
+    if is_system:
+        return Manager(
+            is_system=True, unit=SYSTEM_UNIT_FOLDER / UNIT_NAME, default_config=SYSTEM_CONFIG
+        )
+    chosen = Path(os.environ.get("XDG_CONFIG_HOME") or "")
+    folder = chosen if chosen.is_absolute() else Path.home() / ".config"
+    return Manager(
+        is_system=False,
+        unit=folder / "systemd" / "user" / UNIT_NAME,
+        default_config=folder / "petald" / "petald.toml",
+    )
+
+
+def _find_installed(is_system: bool | None) -> Manager:
+    choices = (False, True) if is_system is None else (is_system,)
+    managers = [_choose_manager(choice) for choice in choices]
+    for manager in managers:
+        if manager.unit.exists():
+            return manager
+    places = " or ".join(str(manager.unit) for manager in managers)
+    raise CommandError(
+        f"no service is installed: there is no {places}; `petalctl service install` makes one",
+        code="no_service",
+    )
+
+
+def _choose_config(given: str | None, manager: Manager, executable: Path) -> Path | None:
+    """The configuration's path, or none; what the daemon would refuse is refused here."""
+    path = manager.default_config if given is None else Path(given).expanduser().absolute()
+    if given is None and not path.exists():
+        return None
+    ended = subprocess.run(
+        [str(executable), "--config", str(path), "--print-config"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if ended.returncode:
+        text = neutralise(ended.stderr).strip().removeprefix("petald: ")
+        raise CommandError(text or f"petald does not take {path}", code="config_error")
+    return path
+
+
+def _require_systemd() -> None:
+    if not SYSTEMD_RUNS.is_dir() or shutil.which("systemctl") is None:
         raise CommandError(
-            f"{path} cannot be written ({error.strerror}); run this as root, or with --user",
-            code="not_writable",
-        ) from error
-
-
-def _unlink(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError as error:
-        raise CommandError(
-            f"{path} cannot be removed ({error.strerror}); run this as root, or with --user",
-            code="not_writable",
-        ) from error
-
-
-def _need_systemctl() -> None:
-    if not shutil.which("systemctl"):
-        raise CommandError(
-            "systemctl is not on this machine; start petald by hand: petald --config FILE",
+            "systemd does not run on this machine; start `petald --config FILE` by what does, "
+            "or see the unit file with `petalctl service install --print`",
             code="no_systemd",
         )
 
 
-def _systemctl(is_system: bool, *words: str) -> None:
-    _need_systemctl()
-    command = ["systemctl", *([] if is_system else ["--user"]), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CommandError(
-            f"`{' '.join(command)}` failed: {done.stderr.strip()[:500]}", code="systemctl_failed"
-        )
+def _is_own(unit: Path) -> bool:
+    try:
+        return unit.read_text("utf-8", errors="replace").startswith(FIRST_LINE)
+    except OSError as error:
+        raise CommandError(f"cannot read {unit}: {error.strerror}", code="no_access") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(unfinished, 0o644)
+            os.replace(unfinished, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(unfinished)
+            raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> CommandError:
+    advice = "; run this as root, or with --user" if isinstance(error, PermissionError) else ""
+    return CommandError(f"cannot write {path}: {error.strerror or error}{advice}", code="no_access")
+
+
+def _call(manager: Manager, *words: str) -> None:
+    ended = subprocess.run(
+        [*manager.command, *words], capture_output=True, text=True, errors="replace", check=False
+    )
+    if ended.returncode:
+        raise _systemctl_failed(manager, " ".join(words), ended.stderr)
+
+
+def _systemctl_failed(manager: Manager, words: str, said: str) -> CommandError:
+    reason = neutralise(said).strip() or "it does not say why"
+    return CommandError(
+        f"`{' '.join(manager.command)} {words}` failed: {reason}", code="systemctl_failed"
+    )

@@ -9,6 +9,7 @@ Shapes: S tokens, D hidden size.
 from __future__ import annotations
 
 import sys
+import warnings
 
 import torch
 
@@ -20,13 +21,18 @@ WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 if sys.byteorder != "little":
     raise ImportError("petald sends tensors as they are in memory, and needs a little-endian host")
 
+with warnings.catch_warnings():
+    # torch says once in a process that bytes are read-only. Nothing here writes to them, so it is
+    # told now; changing the filters at each step would be slow, and seen by other threads.
+    warnings.simplefilter("ignore", UserWarning)
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
 
 def to_wire(hidden_SD: torch.Tensor) -> WireTensor:
     """Hidden states in their own dtype, uncompressed; shares their memory where it can."""
     dtype = str(hidden_SD.dtype).removeprefix("torch.")
     rows_SD = hidden_SD.detach().cpu().contiguous()
-    # numpy knows no bfloat16, and knows bytes.
-    data: memoryview = rows_SD.view(torch.uint8).numpy().data.cast("B")
+    data = rows_SD.view(torch.uint8).numpy().data.cast("B")
     return WireTensor(dtype, tuple(hidden_SD.shape), data)
 
 
@@ -39,6 +45,8 @@ def from_wire(
     device: torch.device,
 ) -> torch.Tensor:
     """Checks and decodes hidden states, ``[tokens, hidden]``.
+
+    The result may share the wire tensor's memory: read it, do not write to it.
 
     Args:
         tensor: as it came.
@@ -61,8 +69,9 @@ def from_wire(
     wire_dtype = WIRE_DTYPES.get(tensor.dtype)
     if wire_dtype is None:
         raise RemoteProtocolError(f"hidden states came as {tensor.dtype}; a float was expected")
-    rows_SD = torch.empty(shape, dtype=wire_dtype)
-    rows_SD.view(torch.uint8).numpy().data.cast("B")[:] = tensor.data
+    rows_SD = torch.frombuffer(tensor.data, dtype=wire_dtype).view(shape)
+    if rows_SD.data_ptr() % rows_SD.element_size():  # it stands anywhere in its frame
+        rows_SD = torch.frombuffer(bytearray(tensor.data), dtype=wire_dtype).view(shape)
     if not torch.isfinite(rows_SD).all():
         raise RemoteProtocolError("hidden states came with numbers that are not finite")
     return rows_SD.to(device=device, dtype=dtype)
