@@ -152,6 +152,8 @@ async def _serve_connection(
                 _SocketStream(stream, remote), max_frame_bytes=MAX_CONTROL_FRAME_BYTES
             ) as messages:
                 await _run_connection(messages, jobs)
+    except Exception:  # the inbound handler: a bug here ends this connection, not the daemon
+        log.exception("connection failed")
     finally:
         limiter.release_on_behalf_of(stream)
         await trio.aclose_forcefully(stream)

@@ -78,3 +78,11 @@ class SessionLost(PetaldError):
     """The session is closed: open another."""
 
     code = "session_lost"
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The plain errors in a group, and in the groups within it."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

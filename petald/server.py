@@ -36,7 +36,7 @@ from p2p.wire.session_messages import (
     Wanted,
 )
 from petald.config import ServeConfig
-from petald.errors import BadRequest, PetaldError
+from petald.errors import BadRequest, PetaldError, leaves
 from petald.executor import Timed
 from petald.hosted_span import HostedSpan
 from petald.log import get_logger, log_context
@@ -154,8 +154,9 @@ class Server:
             with log_context(session=hop.request.session.hex()[:8], peer=client.remote_peer):
                 try:
                     await self._run_session(hop)
-                except P2PError as error:
-                    log.info("session broken", code=error.code, reason=str(error))
+                except* P2PError as group:
+                    for error in leaves(group):
+                        log.info("session broken", reason=str(error))
                 finally:
                     await self._close(hop)
 

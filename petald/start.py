@@ -8,7 +8,7 @@ from kernels.errors import KernelError
 from p2p.errors import P2PError
 from petald.config import Config
 from petald.daemon import run_daemon
-from petald.errors import PetaldError
+from petald.errors import PetaldError, leaves
 from petald.log import configure_logging, get_logger
 
 log = get_logger(__name__)
@@ -21,15 +21,8 @@ def run(config: Config) -> int:
     try:
         trio.run(run_daemon, config)
     except* (PetaldError, P2PError, KernelError) as group:
-        for error in _leaves(group):
+        for error in leaves(group):
             code = getattr(error, "code", "error")
             log.error("petald cannot go on", code=code, reason=str(error))
         status = 1
     return status
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found

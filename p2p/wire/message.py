@@ -22,10 +22,12 @@ import msgpack
 
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.wire.frame import MAX_FRAME_BYTES, format_header
+from p2p.wire.outline import SMALL_BODY_BYTES, check_outline
 from p2p.wire.tensor import TENSOR_EXTENSION, WireTensor, decode_tensor, encode_tensor_header
 
 TYPE_KEY = "t"
 _EXT32 = struct.Struct(">BIb")
+_MAP16 = struct.Struct(">BH")
 
 Check = Callable[[Any], Any]
 """Takes what msgpack read, gives the field's value, or raises `_Mismatch`."""
@@ -65,7 +67,8 @@ M = TypeVar("M", bound=Message)
 
 _classes: dict[str, type[Message]] = {}
 _checks: dict[type, list[tuple[str, Check, bool]]] = {}
-_fields: dict[type, tuple[tuple[str, Any], ...]] = {}
+_defaults: dict[type, tuple[tuple[str, bytes, Any], ...]] = {}
+_packed_names: dict[type, bytes] = {}
 
 
 def message(name: str) -> Callable[[type[M]], type[M]]:
@@ -80,6 +83,7 @@ def message(name: str) -> Callable[[type[M]], type[M]]:
             raise LocalProtocolError(f"two messages are called {name!r}")
         cls.MESSAGE_NAME = name
         _classes[name] = cls
+        _packed_names[cls] = msgpack.packb(TYPE_KEY) + msgpack.packb(name)
         return cls
 
     return register
@@ -93,42 +97,35 @@ def encode_message(value: Message, *, max_frame_bytes: int = MAX_FRAME_BYTES) ->
     Raises:
         LocalProtocolError: it is larger than a frame may be.
     """
-    packer = msgpack.Packer(autoreset=False)
-    parts: list[bytes | memoryview] = [b""]
-    contents = [(name, getattr(value, name), default) for name, default in _fields_of(type(value))]
-    sent = [
-        (name, content)
-        for name, content, default in contents
-        if isinstance(content, WireTensor) or content != default
-    ]
-    packer.pack_map_header(len(sent) + 1)
-    packer.pack(TYPE_KEY)
-    packer.pack(value.MESSAGE_NAME)
-    for name, content in sent:
-        packer.pack(name)
-        if isinstance(content, WireTensor):
+    parts: list[bytes | memoryview] = [b"", b"", _packed_names[type(value)]]
+    pack = msgpack.Packer(default=_plain).pack
+    fields = 1
+    for name, key, default in _defaults_of(type(value)):
+        content = getattr(value, name)
+        if type(content) is WireTensor:
             head = encode_tensor_header(content)
             data = content.data
-            parts += [
-                packer.bytes(),
-                _EXT32.pack(0xC9, len(head) + len(data), TENSOR_EXTENSION),
-                head,
-                data,
-            ]
-            packer.reset()
+            size = len(head) + len(data)
+            parts += (key, _EXT32.pack(0xC9, size, TENSOR_EXTENSION), head, data)
+        elif content != default:
+            parts += (key, pack(content))
         else:
-            packer.pack(_plain(content))
-    parts.append(packer.bytes())
+            continue
+        fields += 1
+    parts[1] = _MAP16.pack(0xDE, fields) if fields > 15 else bytes((0x80 | fields,))
     parts[0] = format_header(sum(map(len, parts)), max_frame_bytes=max_frame_bytes)
     return b"".join(parts)
 
 
-def decode_message(body: bytes) -> Message:
+def decode_message(body: bytes | memoryview) -> Message:
     """Reads one frame's body as the message that it names.
 
     Raises:
         RemoteProtocolError: it is no msgpack, no known message, or a field is not as declared.
+        MessageTooLarge: it would take far more memory than it has bytes.
     """
+    if len(body) > SMALL_BODY_BYTES:
+        check_outline(body)
     try:
         raw = msgpack.unpackb(body, ext_hook=_decode_extension, use_list=False, strict_map_key=True)
     except RemoteProtocolError:
@@ -138,7 +135,8 @@ def decode_message(body: bytes) -> Message:
     name = raw.get(TYPE_KEY) if isinstance(raw, dict) else None
     cls = _classes.get(name) if isinstance(name, str) else None
     if cls is None:
-        raise RemoteProtocolError(f"a message of an unknown kind came ({str(name)[:64]!r})")
+        shown = repr(name[:64]) if isinstance(name, str) else "without a name"
+        raise RemoteProtocolError(f"a message of an unknown kind came ({shown})")
     try:
         return typing.cast(Message, _build(cls, raw))
     except _Mismatch as error:
@@ -163,7 +161,7 @@ class Record:
 
     def encode(self) -> bytes:
         """The record as msgpack."""
-        packed: bytes = msgpack.packb(_plain(self))
+        packed: bytes = msgpack.packb(self, default=_plain)
         return packed
 
     @classmethod
@@ -182,25 +180,27 @@ class Record:
             raise RemoteProtocolError(f"in a {cls.__name__}, {error}") from None
 
 
-def _fields_of(cls: type) -> tuple[tuple[str, Any], ...]:
-    """Names and defaults of a dataclass."""
-    known = _fields.get(cls)
-    if known is None:
-        fields = dataclasses.fields(cls)
-        known = _fields[cls] = tuple((field.name, field.default) for field in fields)
-    return known
+def _plain(content: Any) -> dict[str, Any]:
+    """What msgpack packs in the place of a dataclass."""
+    if isinstance(content, WireTensor) or not dataclasses.is_dataclass(content):
+        raise LocalProtocolError(f"a {type(content).__name__} cannot stand there in a message")
+    plain = {}
+    for name, _, default in _defaults_of(type(content)):
+        value = getattr(content, name)
+        if value != default:
+            plain[name] = value
+    return plain
 
 
-def _plain(content: Any) -> Any:
-    if isinstance(content, str | int | float | bytes | bool | None):
-        return content
-    if isinstance(content, tuple | list):
-        return [_plain(item) for item in content]
-    if dataclasses.is_dataclass(content):
-        cls: type = type(content)
-        values = ((name, getattr(content, name), it) for name, it in _fields_of(cls))
-        return {name: _plain(value) for name, value, default in values if value != default}
-    return content
+def _defaults_of(cls: type) -> tuple[tuple[str, bytes, Any], ...]:
+    """For each field: its name, the name in msgpack, and its default."""
+    defaults = _defaults.get(cls)
+    if defaults is None:
+        defaults = _defaults[cls] = tuple(
+            (field.name, msgpack.packb(field.name), field.default)
+            for field in dataclasses.fields(cls)
+        )
+    return defaults
 
 
 def _decode_extension(code: int, data: bytes) -> WireTensor:

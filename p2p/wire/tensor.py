@@ -8,6 +8,7 @@ the bytes mean is the business of ``petald.tensors`` and of the codecs in ``kern
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -51,8 +52,7 @@ def encode_tensor_header(tensor: WireTensor) -> bytes:
     problem = _find_problem(tensor.dtype, tensor.shape, tensor.codec, len(tensor.data))
     if problem:
         raise LocalProtocolError(f"cannot send a tensor with {problem}")
-    header: bytes = msgpack.packb((tensor.dtype, tensor.shape, tensor.codec))
-    return bytes((len(header),)) + header
+    return _format_header(tensor.dtype, tensor.shape, tensor.codec)
 
 
 def decode_tensor(extension: bytes) -> WireTensor:
@@ -72,6 +72,12 @@ def decode_tensor(extension: bytes) -> WireTensor:
     if problem:
         raise RemoteProtocolError(f"a tensor came with {problem}")
     return WireTensor(dtype, shape, data, codec)
+
+
+@functools.lru_cache(maxsize=256)  # one session sends the same few shapes for ever
+def _format_header(dtype: str, shape: tuple[int, ...], codec: str) -> bytes:
+    header: bytes = msgpack.packb((dtype, shape, codec))
+    return bytes((len(header),)) + header
 
 
 def _find_problem(dtype: object, shape: object, codec: object, data_bytes: int) -> str | None:

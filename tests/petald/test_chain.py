@@ -1,0 +1,299 @@
+"""Servers and a client on the network in memory, with real blocks: pushes, failures, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import trio
+import trio.testing
+
+from kernels.checkpoint import Checkpoint
+from kernels.kv_cache import CacheArena
+from kernels.span import load_span
+from p2p.memory_network import MemoryHub, MemoryNetwork, open_memory_hub
+from p2p.wire.session_messages import PUSH_PROTOCOL, Wanted
+from p2p.wire.tensor import WireTensor
+from petald.chain_client import ChainSession
+from petald.config import ServeConfig
+from petald.errors import HopFailed, SessionLost
+from petald.executor import open_executor
+from petald.hosted_span import HostedSpan
+from petald.routing import Hop
+from petald.server import Server
+from petald.tensors import from_wire, to_wire
+from tests.helpers.tiny_models import make_model, save_model
+
+CPU = torch.device("cpu")
+MODEL = bytes(range(32))
+CONFIG = ServeConfig(model="tiny", cache_tokens=512, max_sessions=4, max_step_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint(save_model(make_model("llama"), tmp_path_factory.mktemp("tiny")))
+
+
+class Swarm:
+    """Some servers in memory, and what a client needs to use them."""
+
+    def __init__(self, hub: MemoryHub, checkpoint: Checkpoint, nursery: trio.Nursery) -> None:
+        self.hub = hub
+        self.checkpoint = checkpoint
+        self.nursery = nursery
+        self.client = hub.make_network("client")
+        self.networks: list[MemoryNetwork] = []
+        self.servers: list[Server] = []
+        self.hosted: list[HostedSpan] = []
+        self.pushes = 0
+        whole = load_span(checkpoint, 0, 4, dtype=torch.float32, device=CPU)
+        self.hidden_SD = torch.randn(40, 48, generator=torch.Generator().manual_seed(0))
+        self.expected_SD = whole.forward(self.hidden_SD[None])[0]
+
+    async def add_server(self, start: int, end: int, stack: AsyncExitStack) -> None:
+        executor = await stack.enter_async_context(open_executor(name=f"{start}"))
+        span = load_span(self.checkpoint, start, end, dtype=torch.float32, device=CPU)
+        arena = CacheArena(
+            span.config,
+            blocks=end - start,
+            capacity_tokens=CONFIG.cache_tokens,
+            dtype=torch.float32,
+            device=CPU,
+        )
+        network = self.hub.make_network(f"server {len(self.servers)}")
+        hosted = HostedSpan(span, arena, executor)
+        server = Server(network, hosted, fingerprint=MODEL, config=CONFIG)
+        server.start()
+        serve_push = network.handlers[PUSH_PROTOCOL]
+
+        async def count(stream) -> None:  # type: ignore[no-untyped-def]
+            self.pushes += 1
+            await serve_push(stream)
+
+        network.set_handler(PUSH_PROTOCOL, count)
+        self.networks.append(network)
+        self.servers.append(server)
+        self.hosted.append(hosted)
+
+    def chain(self) -> tuple[Hop, ...]:
+        return tuple(
+            Hop(
+                peer=network.peer,
+                addresses=(),
+                start=hosted.span.start,
+                end=hosted.span.end,
+            )
+            for network, hosted in zip(self.networks, self.hosted, strict=True)
+        )
+
+    async def open(self, max_tokens: int = 64, **changes: object) -> ChainSession:
+        session = self.make_session(max_tokens, **changes)
+        failure = await self.nursery.start(session.run)
+        assert failure is None, str(failure)
+        return session
+
+    def make_session(self, max_tokens: int = 64, **changes: object) -> ChainSession:
+        arguments = {"model": MODEL, "chain": self.chain(), "max_tokens": max_tokens} | changes
+        return ChainSession(self.client, **arguments)  # type: ignore[arg-type]
+
+    async def failure_to_open(self, max_tokens: int = 64, **changes: object) -> HopFailed:
+        failure = await self.nursery.start(self.make_session(max_tokens, **changes).run)
+        assert isinstance(failure, HopFailed)
+        return failure
+
+    def is_free(self) -> bool:
+        arenas = [hosted.arena for hosted in self.hosted]
+        return not any(server.sessions for server in self.servers) and all(
+            arena.free_tokens == arena.capacity_tokens for arena in arenas
+        )
+
+    async def wait_free(self) -> None:
+        with trio.fail_after(10):
+            while not self.is_free():  # noqa: ASYNC110  # nothing tells of it
+                await trio.sleep(0.005)
+
+    def decode(self, wire: WireTensor | None) -> torch.Tensor:
+        assert wire is not None
+        return from_wire(wire, hidden_size=48, max_tokens=64, dtype=torch.float32, device=CPU)
+
+
+@asynccontextmanager
+async def open_swarm(checkpoint: Checkpoint, *spans: tuple[int, int]) -> AsyncIterator[Swarm]:
+    async with (
+        AsyncExitStack() as stack,
+        open_memory_hub() as hub,
+        trio.open_nursery() as nursery,
+    ):
+        swarm = Swarm(hub, checkpoint, nursery)
+        for start, end in spans:
+            await swarm.add_server(start, end, stack)
+        with trio.fail_after(60):
+            yield swarm
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "spans", [[(0, 4)], [(0, 2), (2, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)]], ids=len
+)
+async def test_steps_through_a_chain_equal_the_whole_span(
+    checkpoint: Checkpoint, spans: list[tuple[int, int]]
+) -> None:
+    async with open_swarm(checkpoint, *spans) as swarm:
+        session = await swarm.open()
+        outputs = []
+        at = 0
+        for size in (32, 1, 3, 1, 1, 2):
+            rows_SD = swarm.hidden_SD[at : at + size]
+            result = await session.run_step(to_wire(rows_SD), position=at, wanted=Wanted.ALL)
+            outputs.append(swarm.decode(result.hidden))
+            assert len(result.times) == len(spans)
+            at += size
+        torch.testing.assert_close(torch.cat(outputs), swarm.expected_SD, rtol=1e-4, atol=1e-3)
+        assert swarm.pushes == len(spans) - 1  # data went from server to server
+        await session.close()
+        await swarm.wait_free()
+
+
+async def test_steps_under_way_at_once_keep_their_order(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, (0, 2), (2, 4)) as swarm:
+        session = await swarm.open()
+        outputs: dict[int, torch.Tensor] = {}
+
+        async def run(at: int) -> None:
+            rows_SD = swarm.hidden_SD[at : at + 10]
+            result = await session.run_step(to_wire(rows_SD), position=at, wanted=Wanted.ALL)
+            outputs[at] = swarm.decode(result.hidden)
+
+        async with trio.open_nursery() as nursery:
+            for at in (0, 10, 20, 30):
+                nursery.start_soon(run, at)
+                await trio.testing.wait_all_tasks_blocked()
+        whole_SD = torch.cat([outputs[at] for at in (0, 10, 20, 30)])
+        torch.testing.assert_close(whole_SD, swarm.expected_SD, rtol=1e-4, atol=1e-3)
+
+
+async def test_tokens_are_taken_back_by_a_lower_position(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, (0, 2), (2, 4)) as swarm:
+        session = await swarm.open()
+        wrong_SD = torch.randn(30, 48)
+        wrong_SD[:10] = swarm.hidden_SD[:10]
+        await session.run_step(to_wire(wrong_SD), position=0, wanted=Wanted.NONE)
+        rest_SD = swarm.hidden_SD[10:]
+        result = await session.run_step(to_wire(rest_SD), position=10, wanted=Wanted.LAST)
+        torch.testing.assert_close(
+            swarm.decode(result.hidden), swarm.expected_SD[-1:], rtol=1e-4, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+async def test_a_dead_hop_is_blamed_and_the_others_free_their_room(
+    checkpoint: Checkpoint, dead: int
+) -> None:
+    async with open_swarm(checkpoint, (0, 1), (1, 3), (3, 4)) as swarm:
+        session = await swarm.open()
+        await session.run_step(to_wire(swarm.hidden_SD[:8]), position=0, wanted=Wanted.LAST)
+        swarm.hub.kill(swarm.networks[dead].peer)
+        with pytest.raises(HopFailed) as caught:
+            await session.run_step(to_wire(swarm.hidden_SD[8:9]), position=8, wanted=Wanted.LAST)
+        assert caught.value.peer == swarm.networks[dead].peer
+        assert not session.is_open
+        await session.close()
+        await swarm.wait_free()
+
+
+async def test_a_step_with_bad_numbers_fails_alone(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, (0, 4)) as swarm:
+        good, bad = await swarm.open(), await swarm.open()
+        nan_SD = torch.full((1, 48), float("nan"))
+        with pytest.raises(HopFailed, match="finite"):
+            await bad.run_step(to_wire(nan_SD), position=0, wanted=Wanted.LAST)
+        await good.run_step(to_wire(swarm.hidden_SD[:1]), position=0, wanted=Wanted.LAST)
+        assert good.is_open
+
+
+@pytest.mark.parametrize(
+    ("rows", "position", "said"),
+    [
+        (torch.zeros(1, 47), 0, "47"),
+        (torch.zeros(33, 48), 0, "1 to 32"),
+        (torch.zeros(1, 48), 5, "only 0 tokens are cached"),
+    ],
+    ids=["width", "length", "gap"],
+)
+async def test_a_step_that_does_not_fit_is_refused(
+    checkpoint: Checkpoint, rows: torch.Tensor, position: int, said: str
+) -> None:
+    async with open_swarm(checkpoint, (0, 4)) as swarm:
+        session = await swarm.open()
+        with pytest.raises(HopFailed, match=said):
+            await session.run_step(to_wire(rows), position=position, wanted=Wanted.LAST)
+
+
+async def test_what_cannot_be_opened_is_refused(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, (0, 4)) as swarm:
+        assert "model_mismatch" in str(await swarm.failure_to_open(model=bytes(32)))
+        assert "overloaded" in str(await swarm.failure_to_open(max_tokens=513))
+        beyond = (Hop(peer=swarm.networks[0].peer, addresses=(), start=0, end=5),)
+        assert "missing_blocks" in str(await swarm.failure_to_open(chain=beyond))
+        nobody = (Hop(peer="nobody", addresses=(), start=0, end=4),)
+        assert (await swarm.failure_to_open(chain=nobody)).peer == "nobody"
+        for _ in range(CONFIG.max_sessions):
+            await swarm.open()
+        assert "overloaded" in str(await swarm.failure_to_open())
+        swarm.servers[0].stop_accepting()
+        assert "draining" in str(await swarm.failure_to_open())
+
+
+async def test_a_cancelled_step_leaves_the_session_usable(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, (0, 2), (2, 4)) as swarm:
+        session = await swarm.open()
+        for _ in range(20):
+            with trio.move_on_after(0.0005):
+                await session.run_step(
+                    to_wire(swarm.hidden_SD[:20]), position=0, wanted=Wanted.LAST
+                )
+        result = await session.run_step(
+            to_wire(swarm.hidden_SD[:20]), position=0, wanted=Wanted.LAST
+        )
+        torch.testing.assert_close(
+            swarm.decode(result.hidden), swarm.expected_SD[19:20], rtol=1e-4, atol=1e-3
+        )
+
+
+async def test_a_closed_session_says_so(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, (0, 4)) as swarm:
+        session = await swarm.open()
+        await session.close()
+        with pytest.raises((SessionLost, HopFailed)):
+            await session.run_step(to_wire(swarm.hidden_SD[:1]), position=0, wanted=Wanted.LAST)
+        await swarm.wait_free()
+
+
+async def test_pushes_of_a_stranger_are_refused(checkpoint: Checkpoint) -> None:
+    from p2p.rpc import MessageStream
+    from p2p.wire.replies import Refusal
+    from p2p.wire.session_messages import AttachPush
+
+    async with open_swarm(checkpoint, (0, 2), (2, 4)) as swarm:
+        session = await swarm.open()
+        stranger = swarm.hub.make_network("stranger")
+        stream = await stranger.open_stream(swarm.networks[1].peer, PUSH_PROTOCOL)
+        async with MessageStream(stream) as messages:
+            await messages.send(AttachPush(session=session._ids[1]))
+            assert isinstance(await messages.receive(), Refusal)
+        await session.run_step(to_wire(swarm.hidden_SD[:1]), position=0, wanted=Wanted.LAST)
+
+
+async def test_a_server_drains_when_its_sessions_are_idle(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    async with open_swarm(checkpoint, (0, 4)) as swarm:
+        session = await swarm.open()
+        await session.run_step(to_wire(swarm.hidden_SD[:1]), position=0, wanted=Wanted.LAST)
+        swarm.servers[0].stop_accepting()
+        with trio.fail_after(10):
+            await swarm.servers[0].drain(deadline_s=60, idle_s=0.05)
+        assert session.is_open
