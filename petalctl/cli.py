@@ -230,7 +230,7 @@ def _add_demo(commands: Subparsers) -> None:
     demo.add_argument(
         "--max-new-tokens",
         type=whole_number(least=1),
-        default=64,
+        default=128,
         metavar="N",
         help="the most tokens to make (default: %(default)s)",
     )

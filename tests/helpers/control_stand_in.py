@@ -7,6 +7,7 @@ the script raises is kept, and raised again when the stand-in is left.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import tempfile
 import threading
@@ -55,6 +56,8 @@ class Conversation:
         self._parser = FrameParser(max_frame_bytes=MAX_CONTROL_FRAME_BYTES)
         self._messages: deque[Message] = deque()
         self._received = received
+        self.has_ended = False
+        """Whether a poll found that the app has gone."""
 
     def receive(self) -> Message | None:
         """The next request; none when the app has gone."""
@@ -73,14 +76,11 @@ class Conversation:
     def poll(self, wait_s: float = 0.0) -> Message | None:
         """A request that comes within the time; none where none does."""
         if not self._messages:
-            self._socket.settimeout(max(wait_s, 0.001))
-            try:
-                data = self._socket.recv(65536)
-            except OSError:
-                data = b""
-            finally:
-                self._socket.settimeout(None)
-            self._messages += [decode_message(body) for body in self._parser.feed(data)]
+            with contextlib.suppress(OSError):
+                if select.select([self._socket], [], [], wait_s)[0]:
+                    data = self._socket.recv(65536)
+                    self.has_ended = not data
+                    self._messages += [decode_message(body) for body in self._parser.feed(data)]
         return self.receive() if self._messages else None
 
     def send(self, *messages: Message) -> None:
@@ -90,9 +90,14 @@ class Conversation:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendall(data)
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
+        """Ends the connection under a script that may be using it; from another thread."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """From the script's own thread: another's close would take the socket from under it."""
+        self.hang_up()
         self._socket.close()
 
 
@@ -166,7 +171,7 @@ def run_stand_in(script: Script, path: Path | None = None) -> Iterator[StandIn]:
                     listener.shutdown(socket.SHUT_RDWR)
                 acceptor.join()
                 for conversation in conversations:
-                    conversation.close()
+                    conversation.hang_up()
                 for thread in threads:
                     thread.join()
     if stand_in.failures:
@@ -314,5 +319,7 @@ def speak_until_cancelled(conversation: Conversation) -> None:
             if isinstance(heard, Cancel) and heard.job == request.job:
                 conversation.send(JobFailed(job=request.job, code="cancelled", text="cancelled"))
                 break
+            if conversation.has_ended:
+                return
             if count > 2000:
                 raise AssertionError("nobody cancelled the job")
