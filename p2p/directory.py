@@ -179,7 +179,7 @@ class Directory:
     def _is_true(self, record: SignedRecord, key: bytes) -> bool:
         """Whether a record is its peer's, under this key, and not of long ago."""
         age_s = self._wall_clock() - record.issued_at
-        if record.key != key or age_s > record.ttl_s + CLOCK_SKEW_S:
+        if record.key != key or not -CLOCK_SKEW_S <= age_s <= record.ttl_s + CLOCK_SKEW_S:
             return False
         return self._has_true_signature(record)
 

@@ -7,7 +7,9 @@ signatures. Source: the libp2p specification, peer-ids/peer-ids.md.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import secrets
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from p2p.errors import IdentityUnusable
 
 KEY_BYTES = 32
+MAX_PEER_CHARACTERS = 64
 
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
 """Identity multihash of 36 bytes, which are a protobuf: key type 1 (Ed25519), 32 bytes of key."""
@@ -56,19 +59,30 @@ def peer_of(public_key: bytes) -> str:
     return base58.b58encode(_PEER_ID_PREFIX + public_key).decode("ascii")
 
 
+def parse_peer(peer: str) -> bytes:
+    """A peer id's bytes, if it is that of an Ed25519 key.
+
+    Raises:
+        ValueError: it is not.
+    """
+    raw = b"" if len(peer) > MAX_PEER_CHARACTERS else base58.b58decode(peer)
+    if len(raw) != len(_PEER_ID_PREFIX) + KEY_BYTES or not raw.startswith(_PEER_ID_PREFIX):
+        raise ValueError(f"{peer[:MAX_PEER_CHARACTERS]!r} is not the peer id of an Ed25519 key")
+    return raw
+
+
 def verify(peer: str, data: bytes, signature: bytes) -> bool:
     """Whether the key in a peer id made the signature; false for ids of other kinds of key."""
     try:
-        raw = base58.b58decode(peer)
-    except ValueError:
-        return False
-    if len(raw) != len(_PEER_ID_PREFIX) + KEY_BYTES or not raw.startswith(_PEER_ID_PREFIX):
-        return False
-    try:
-        Ed25519PublicKey.from_public_bytes(raw[len(_PEER_ID_PREFIX) :]).verify(signature, data)
+        _public_key(peer).verify(signature, data)
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _public_key(peer: str) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(parse_peer(peer)[len(_PEER_ID_PREFIX) :])
 
 
 def create_identity() -> Identity:
@@ -104,7 +118,7 @@ def load_or_create_identity(path: Path) -> Identity:
 
 def _create(path: Path) -> None:
     """Writes a new key, whole or not at all; leaves one that another process wrote meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         try:

@@ -1,6 +1,7 @@
 """The network, made of libp2p: TCP, Noise, yamux, and Kademlia for finding the peers near a key.
 
-The only module that imports libp2p, and the only place for what must be worked around in it; each
+With `p2p.libp2p_muxer` the only module that imports libp2p, and the place for what must be worked
+around in it; each
 such place names what to remove when upstream mends it (seen in py-libp2p 0.8.1). Foreign errors are
 translated here. Invariant: an exception in one inbound stream's handler ends that stream alone.
 """
@@ -17,6 +18,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import libp2p.network.swarm
+import libp2p.stream_muxer.muxer_multistream
 import trio
 from libp2p import new_host
 from libp2p.abc import IHost, INetStream
@@ -36,6 +38,7 @@ from multiaddr import Multiaddr
 
 from p2p.errors import AddressInUse, P2PError, PeerUnreachable, StreamBroken
 from p2p.identity import Identity, verify
+from p2p.libp2p_muxer import Muxer
 from p2p.network import PeerAddress, StreamHandler
 from p2p.network import Stream as StreamProtocol
 from p2p.pipe import make_pipe
@@ -58,6 +61,9 @@ PING_BYTES = 8
 # A dial waits this long for its first attempt to fail, and it waits also when the attempt has
 # succeeded, which cost every dial 250 ms. Remove when upstream stops waiting after a success.
 libp2p.network.swarm._HAPPY_EYEBALLS_DELAY = 0.01
+
+# The muxer's class is a global of upstream's; see `p2p.libp2p_muxer` for why it is replaced.
+libp2p.stream_muxer.muxer_multistream.Yamux = Muxer  # type: ignore
 
 # Kademlia's handler reports, as an error, every stream that ends after its last request, which is
 # every stream. Swarm and yamux report broken connections, which are our daily bread. What matters
@@ -88,11 +94,7 @@ class _Stream:
     async def receive_some(self) -> bytes:
         try:
             data: bytes = await self._stream.read(READ_BYTES)
-        except StreamEOF as error:
-            # A connection that goes down is told as an end of its streams, too. Remove when
-            # upstream tells the two apart.
-            if self._has_lost_connection():
-                raise StreamBroken(f"the connection to {self._remote_peer} is gone") from error
+        except StreamEOF:
             return b""
         except (StreamError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise StreamBroken(f"the stream from {self._remote_peer} is gone") from error
@@ -107,11 +109,6 @@ class _Stream:
     async def abort(self) -> None:
         with contextlib.suppress(*_GONE), trio.move_on_after(CLOSE_DEADLINE_S):
             await self._stream.reset()
-
-    def _has_lost_connection(self) -> bool:
-        connection = getattr(self._stream, "muxed_conn", None)
-        is_down = getattr(connection, "event_shutting_down", None)
-        return is_down is not None and bool(is_down.is_set())
 
 
 _GONE = (StreamError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, RuntimeError)
@@ -160,6 +157,7 @@ class Libp2pNetwork:
         if peer == self._peer:
             return self._open_own_stream(protocol)
         peer_id = _parse_peer(peer)
+        self._forget_failed_dials(peer_id)
         with trio.move_on_after(DIAL_DEADLINE_S) as dialling:
             try:
                 stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
@@ -193,6 +191,7 @@ class Libp2pNetwork:
             raise PeerUnreachable(
                 f"{address!r} is no full address; /ip4/HOST/tcp/PORT/p2p/PEER was expected"
             ) from error
+        self._forget_failed_dials(info.peer_id)
         with trio.move_on_after(DIAL_DEADLINE_S) as dialling:
             try:
                 await self._host.connect(info)
@@ -233,6 +232,8 @@ class Libp2pNetwork:
 
     async def ping(self, peer: str) -> float:
         """Measures the round trip to a peer, in seconds; remembers it for `round_trip_s`."""
+        if peer == self._peer:
+            return 0.0
         stream = await self.open_stream(peer, PING_PROTOCOL)
         try:
             times_s = []
@@ -305,6 +306,16 @@ class Libp2pNetwork:
             async with trio.open_nursery() as nursery:
                 for peer_id in self._host.get_connected_peers():
                     nursery.start_soon(self._disconnect, peer_id)
+
+    def _forget_failed_dials(self, peer_id: ID) -> None:
+        """Lets a peer be dialled again at once.
+
+        After a failure upstream refuses every dial for a minute; whoever asks here, asks because a
+        session waits, and has its own penalties. Remove when the time can be set.
+        """
+        unblock = getattr(self._host.get_network(), "unblock_peer", None)
+        if unblock is not None:
+            unblock(peer_id)
 
     async def _disconnect(self, peer_id: ID) -> None:
         with contextlib.suppress(Exception):  # whatever is wrong with it, it is going

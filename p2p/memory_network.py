@@ -9,6 +9,7 @@ stream arrive in order, whole, or the stream breaks.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,8 +23,10 @@ from p2p.network import PeerAddress, Stream, StreamHandler
 from p2p.pipe import PipeStream, make_pipe
 from p2p.round_trips import RoundTrips
 
-PIECES_UNDER_WAY = 64
-"""Pieces of a stream between its ends at once; with the pipes' windows, what a link holds."""
+log = logging.getLogger(__name__)
+
+PIECES_UNDER_WAY = 12
+"""Pieces of a stream between its ends at once; each is at most a pipe's window of 256 KiB."""
 
 
 @dataclass(slots=True)
@@ -53,8 +56,9 @@ class MemoryHub:
         self._changed = trio.Event()
         self._frozen: set[str] = set()
 
-    def make_network(self, name: str) -> MemoryNetwork:
-        """A new peer; the same name gives the same identity in every hub."""
+    def make_network(self, name: str = "") -> MemoryNetwork:
+        """A new peer; its name, or its place in the order, gives it the same identity always."""
+        name = name or f"peer {len(self._couriers)}"
         identity = Identity(hashlib.sha256(name.encode()).digest())
         network = MemoryNetwork(self, identity)
         self._networks[network.peer] = network
@@ -97,6 +101,10 @@ class MemoryHub:
         """Lets everything that waits look again."""
         self._changed.set()
         self._changed = trio.Event()
+
+    def network_of(self, peer: str) -> MemoryNetwork:
+        """A living peer's network."""
+        return self._networks[peer]
 
     def peers(self) -> tuple[str, ...]:
         """Those that live."""
@@ -280,6 +288,7 @@ class MemoryNetwork:
         try:
             await handler(stream)
         except Exception:  # the inbound handler, as on the real network
+            log.exception("a stream of %s failed", stream.remote_peer)
             self.failed_handlers += 1
             await stream.abort()
         else:

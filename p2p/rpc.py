@@ -34,6 +34,7 @@ class MessageStream:
         self._parser = FrameParser(max_frame_bytes=max_frame_bytes)
         self._bodies: deque[bytes] = deque()
         self._send_lock = trio.Lock()
+        self._is_torn = False
 
     @property
     def remote_peer(self) -> str:
@@ -44,14 +45,18 @@ class MessageStream:
         """Sends a message, whole, after those that were being sent.
 
         Raises:
-            StreamBroken: the stream is gone.
-            LocalProtocolError: the message is too large.
+            StreamBroken: the stream is gone, or a cancelled call sent a message in part.
+            LocalProtocolError: the message is too large; nothing was sent.
 
         Cancellation: a part may have been sent; end the stream.
         """
         frame = encode_message(message, max_frame_bytes=self._max_frame_bytes)
         async with self._send_lock:
+            if self._is_torn:
+                raise StreamBroken(f"a message to {self.remote_peer} was sent in part")
+            self._is_torn = True
             await self._stream.send_all(frame)
+            self._is_torn = False
 
     async def receive(self) -> Message | None:
         """The next message; none when the other end has ended the stream in order.
@@ -70,8 +75,11 @@ class MessageStream:
         return decode_message(self._bodies.popleft())
 
     async def aclose(self) -> None:
-        """Ends the stream in order."""
-        await self._stream.aclose()
+        """Ends the stream in order; at once, where a message was sent in part."""
+        if self._is_torn:
+            await self._stream.abort()
+        else:
+            await self._stream.aclose()
 
     async def abort(self) -> None:
         """Ends the stream at once."""
@@ -94,7 +102,13 @@ class MessageStream:
 
 
 async def call(
-    network: Network, peer: str, protocol: str, request: Message, reply_class: type[M]
+    network: Network,
+    peer: str,
+    protocol: str,
+    request: Message,
+    reply_class: type[M],
+    *,
+    max_frame_bytes: int = MAX_FRAME_BYTES,
 ) -> M:
     """Asks a peer one question, on a stream of its own.
 
@@ -103,7 +117,8 @@ async def call(
         Refused, Overloaded: the peer said no.
         RemoteProtocolError: the answer is none that was asked for.
     """
-    async with MessageStream(await network.open_stream(peer, protocol)) as messages:
+    stream = await network.open_stream(peer, protocol)
+    async with MessageStream(stream, max_frame_bytes=max_frame_bytes) as messages:
         await messages.send(request)
         reply = await messages.receive()
     if reply is None:
