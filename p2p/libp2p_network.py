@@ -1,9 +1,9 @@
 """The network, made of libp2p: TCP, Noise, yamux, and Kademlia for finding the peers near a key.
 
-With `p2p.libp2p_muxer` the only module that imports libp2p, and the place for what must be worked
-around in it; each
-such place names what to remove when upstream mends it (seen in py-libp2p 0.8.1). Foreign errors are
-translated here. Invariant: an exception in one inbound stream's handler ends that stream alone.
+With `p2p.libp2p_muxer` the only importer of libp2p, and the place for what must be worked around in
+it; each such place names what to remove when upstream mends it (seen in py-libp2p 0.8.1). Foreign
+errors are translated here. Invariant: an exception in one inbound stream's handler ends that stream
+alone.
 """
 
 from __future__ import annotations
