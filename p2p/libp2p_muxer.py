@@ -13,7 +13,6 @@ connection is broken, and whoever waited on one knows it.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -31,6 +30,7 @@ from multiaddr import Multiaddr
 
 from p2p.errors import Overloaded, RemoteProtocolError
 from p2p.yamux import (
+    MAX_INBOUND_STREAMS,
     DataReceived,
     Event,
     PongReceived,
@@ -47,6 +47,8 @@ BACKLOG_BYTES = 256 * 1024
 
 MAX_OUTPUT_BYTES = 8 * 1024 * 1024
 """A peer that makes us answer and does not read the answers is dropped. Data waits long before."""
+
+SMALL_CHUNK_BYTES = 1024
 
 MAX_READ_TO_END_BYTES = 1024 * 1024
 """Of a read without a size, which libp2p's own small protocols use."""
@@ -157,8 +159,11 @@ class MuxedStream(IMuxedStream):
         return self
 
     def on_data(self, data: bytes) -> None:
-        """Takes what arrived."""
-        self._chunks.append(data)
+        """Takes what arrived; small pieces are joined, since each costs more than its bytes."""
+        if self._chunks and len(self._chunks[-1]) + len(data) <= SMALL_CHUNK_BYTES:
+            self._chunks[-1] += data
+        else:
+            self._chunks.append(data)
         self._readable.unpark_all()
 
     def on_end(self) -> None:
@@ -233,7 +238,9 @@ class Muxer(IMuxedConn):
         self._is_closed = False
         self._streams: dict[int, MuxedStream] = {}
         self._given_up: dict[int, float] = {}
-        self._opened_in, self._opened_out = trio.open_memory_channel[MuxedStream](math.inf)
+        self._opened_in, self._opened_out = trio.open_memory_channel[MuxedStream](
+            MAX_INBOUND_STREAMS
+        )
         self._writing_bytes = 0
         self._has_output = trio.Event()
         self._drained = trio.lowlevel.ParkingLot()
@@ -266,6 +273,8 @@ class Muxer(IMuxedConn):
 
     async def start(self) -> None:
         """Serves the connection until it ends."""
+        if self._is_closed:
+            return
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -282,6 +291,11 @@ class Muxer(IMuxedConn):
     async def close(self) -> None:
         """Ends the connection in order: what was sent before goes out, within a short time."""
         if self._is_closed:
+            return
+        if not self.event_started.is_set():  # refused before it began: nobody else closes it
+            self._end()
+            with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_DEADLINE_S):
+                await self._close_connection()
             return
         with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_DEADLINE_S):
             self.session.go_away()
@@ -385,8 +399,7 @@ class Muxer(IMuxedConn):
             if stream := self._streams.get(event.stream):
                 stream.on_window()
         elif isinstance(event, StreamOpened):
-            opened = self._streams[event.stream] = MuxedStream(self, event.stream)
-            self._opened_in.send_nowait(opened)
+            self._on_opened(event.stream)
         elif isinstance(event, SendingEnded):
             self._given_up.pop(event.stream, None)
             if stream := self._streams.get(event.stream):
@@ -397,6 +410,13 @@ class Muxer(IMuxedConn):
                 stream.on_reset()
         elif isinstance(event, PongReceived):
             self._pong.set()
+
+    def _on_opened(self, number: int) -> None:
+        stream = self._streams[number] = MuxedStream(self, number)
+        try:
+            self._opened_in.send_nowait(stream)
+        except trio.WouldBlock:  # the peer opens and resets faster than streams are accepted
+            self.reset(number)
 
     async def _keep_alive(self) -> None:
         number = 0

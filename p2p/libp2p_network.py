@@ -63,7 +63,7 @@ PING_BYTES = 8
 libp2p.network.swarm._HAPPY_EYEBALLS_DELAY = 0.01
 
 # The muxer's class is a global of upstream's; see `p2p.libp2p_muxer` for why it is replaced.
-libp2p.stream_muxer.muxer_multistream.Yamux = Muxer  # type: ignore
+libp2p.stream_muxer.muxer_multistream.Yamux = Muxer  # type: ignore[attr-defined, assignment]
 
 # Kademlia's handler reports, as an error, every stream that ends after its last request, which is
 # every stream. Swarm and yamux report broken connections, which are our daily bread. What matters

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import trio
 
-from p2p.errors import PeerUnreachable, StreamBroken
+from p2p.errors import P2PError, PeerUnreachable, StreamBroken
 from p2p.identity import Identity, verify
 from p2p.network import PeerAddress, Stream, StreamHandler
 from p2p.pipe import PipeStream, make_pipe
@@ -287,6 +287,10 @@ class MemoryNetwork:
         """Serves one stream; what its handler raises ends it alone."""
         try:
             await handler(stream)
+        except P2PError as error:
+            log.info("a stream of %s ended: %s", stream.remote_peer, error)
+            self.failed_handlers += 1
+            await stream.abort()
         except Exception:  # the inbound handler, as on the real network
             log.exception("a stream of %s failed", stream.remote_peer)
             self.failed_handlers += 1
