@@ -35,6 +35,12 @@ class CacheFull(KernelError):
     code = "cache_full"
 
 
+class UnknownCodec(KernelError):
+    """Hidden states are written in a way that is not known here: choose another codec."""
+
+    code = "unknown_codec"
+
+
 class BadSampling(KernelError):
     """A sampling value is outside of its range: correct it."""
 

@@ -68,9 +68,62 @@ class SequenceCache:
         assert self.extent is not None
         return self.extent
 
+    def extend(self, length: int) -> None:
+        """Counts tokens as cached whose keys and values are still to be written.
+
+        Raises:
+            CacheFull: it is more than was promised.
+        """
+        self.reserve(length)
+        self.length = length
+
     def truncate(self, length: int) -> None:
         """Forgets all tokens from a position on; keeps the room."""
         self.length = min(self.length, length)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Key and value heads, and head size."""
+        heads, _, head_size = self.arena.keys_KTH[0].shape
+        return heads, head_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.arena.keys_KTH[0].dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """What one token's keys, or its values, take in one block."""
+        heads, head_size = self.shape
+        return heads * head_size * self.dtype.itemsize
+
+    def read(self, block: int, position: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy, on the CPU, of keys and values in one of the span's blocks, ``[K, T, H]`` each.
+
+        Raises:
+            CacheFull: not so many tokens are cached.
+        """
+        if self.extent is None or position + tokens > self.length:
+            raise CacheFull(f"{position + tokens} tokens were asked for; {self.length} are cached")
+        rows = slice(self.extent.offset + position, self.extent.offset + position + tokens)
+        keys_KTH, values_KTH = self.arena.keys_KTH[block], self.arena.values_KTH[block]
+        return keys_KTH[:, rows].clone().cpu(), values_KTH[:, rows].clone().cpu()
+
+    def write(
+        self, block: int, position: int, keys_KTH: torch.Tensor, values_KTH: torch.Tensor
+    ) -> None:
+        """Writes keys and values of tokens that count as cached already; see `extend`.
+
+        Raises:
+            CacheFull: not so many tokens are cached.
+        """
+        end = position + keys_KTH.shape[1]
+        if self.extent is None or end > self.length:
+            raise CacheFull(f"tokens up to {end} were to be written; {self.length} are cached")
+        rows = slice(self.extent.offset + position, self.extent.offset + end)
+        self.arena.keys_KTH[block][:, rows] = keys_KTH.to(self.arena.keys_KTH[block].device)
+        self.arena.values_KTH[block][:, rows] = values_KTH.to(self.arena.values_KTH[block].device)
 
     def close(self) -> None:
         """Gives the room back; may be called again."""

@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
 DIAL_DEADLINE_S = 10.0
+LOOKUP_DEADLINE_S = 2.0
 BOOTSTRAP_FIRST_RETRY_S = 0.5
 BOOTSTRAP_LAST_RETRY_S = 60.0
 CLOSE_DEADLINE_S = 0.5
@@ -210,11 +211,13 @@ class Libp2pNetwork:
 
     async def find_closest_peers(self, key: bytes, count: int) -> tuple[PeerAddress, ...]:
         """The peers nearest to a key, the own one among them where it is near enough."""
-        try:
-            found = await self._dht.peer_routing.find_closest_peers_network(key, count)
-        except Exception as error:  # best effort: what is known locally must do
-            log.debug("lookup failed: %s", _describe(error))
-            found = []
+        found = self._dht.routing_table.find_local_closest_peers(key, count)
+        # One peer that hangs holds the whole lookup up; what is known locally must do then.
+        with trio.move_on_after(LOOKUP_DEADLINE_S):
+            try:
+                found = await self._dht.peer_routing.find_closest_peers_network(key, count)
+            except Exception as error:
+                log.debug("lookup failed: %s", _describe(error))
         own = self._host.get_id()
         nearest = sort_peer_ids_by_distance(key, list({own, *found}))
         return tuple(

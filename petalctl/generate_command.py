@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from p2p.wire.control_messages import ChainHop, GenerateDone, Progress, Timings
+from p2p.wire.control_messages import ChainHop, ChainMove, GenerateDone, Progress, Timings
 from petalctl.client import Client, Generation
 from petalctl.errors import CommandError, JobError
 from petalctl.generate_options import generate_options
@@ -38,7 +38,7 @@ def run_generate(args: argparse.Namespace) -> int:
         Client(args.socket) as client,
         client.generate(
             prompt if args.is_raw else None,
-            on_progress=show_progress if args.show_chain else None,
+            on_progress=show_progress if args.show_chain else show_waiting,
             **options,
         ) as generation,
     ):
@@ -117,6 +117,19 @@ def plain_result(done: GenerateDone) -> dict[str, Any]:
         "model": done.model,
         "chain": [{"peer": hop.peer, "blocks": [hop.start, hop.end]} for hop in done.chain],
         "timings": _plain_timings(done.timings),
+        "moves": [
+            {
+                "blocks": [move.start, move.end],
+                "from": list(move.old),
+                "to": list(move.new),
+                "reason": move.reason,
+                "silent_s": move.silent_s,
+                "pause_s": move.pause_s,
+                "replayed_tokens": move.replayed_tokens,
+                "handed_over_tokens": move.handed_over_tokens,
+            }
+            for move in done.moves
+        ],
     }
 
 
@@ -137,6 +150,8 @@ def show_progress(progress: Progress) -> None:
         tell(f"chain: {describe_chain(progress.chain)}")
     elif progress.event == "prefill" and progress.total:
         tell(f"prefill: {progress.done} of {progress.total} tokens")
+    elif progress.move is not None:
+        tell(describe_move(progress.move))
     else:
         tell(f"{progress.event}: {progress.text}")
 
@@ -145,6 +160,22 @@ def describe_chain(chain: tuple[ChainHop, ...]) -> str:
     """A chain in one line."""
     names = shorten_peers([hop.peer for hop in chain])
     return " → ".join(f"{names[hop.peer]} [{hop.start}:{hop.end}]" for hop in chain)
+
+
+def describe_move(move: ChainMove) -> str:
+    """What happened to some blocks, in one line."""
+    names = shorten_peers([*move.old, *move.new])
+    old, new = (", ".join(names[peer] for peer in peers) for peers in (move.old, move.new))
+    text = f"blocks {move.start}:{move.end} moved from {old} to {new}, {move.pause_s * 1e3:.0f} ms"
+    if move.silent_s:
+        text += f" after {move.silent_s * 1e3:.0f} ms of silence"
+    return f"{text} ({move.reason.replace('_', ' ')})"
+
+
+def show_waiting(progress: Progress) -> None:
+    """Tells on standard error why nothing comes."""
+    if progress.event == "waiting":
+        show_progress(progress)
 
 
 def describe_speed(done: GenerateDone) -> str:

@@ -75,6 +75,13 @@ def add_generate_options(parser: argparse.ArgumentParser, *, temperature: float 
         metavar="TEXT",
         help="end the answer before this text; may be given several times",
     )
+    options.add_argument(
+        "--max-wait",
+        type=number(least=0, most=86400),
+        metavar="SECONDS",
+        help="how long to wait where no server can run some blocks (default: as the daemon is "
+        "configured)",
+    )
 
 
 def generate_options(args: argparse.Namespace) -> GenerateOptions:
@@ -101,4 +108,5 @@ def generate_options(args: argparse.Namespace) -> GenerateOptions:
         "repetition_penalty": args.repetition_penalty,
         "seed": args.seed,
         "stop": args.stop,
+        "max_wait_s": args.max_wait,
     }

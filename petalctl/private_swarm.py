@@ -52,6 +52,7 @@ class PrivateSwarm:
         dtype: of the weights and of the computation.
         threads: of each daemon that computes; none leaves it to the daemon.
         serve: more settings for each server's ``[serve]`` section.
+        route: more settings for the router's ``[route]`` section.
         folder: where everything lies; a temporary one, removed at the end, if not given.
         is_kept: the daemons outlive this process, and `__exit__` leaves them running, unless it is
             left by an exception.
@@ -73,6 +74,7 @@ class PrivateSwarm:
         dtype: str = "float32",
         threads: int | None = None,
         serve: Mapping[str, Value] | None = None,
+        route: Mapping[str, Value] | None = None,
         folder: Path | None = None,
         is_kept: bool = False,
         on_ready: OnReady = lambda daemon: None,
@@ -81,7 +83,7 @@ class PrivateSwarm:
         self.servers: list[DaemonProcess] = []
         self._spans = list(spans)
         self._serve: dict[str, Value] = {"model": self.model, "dtype": dtype, **(serve or {})}
-        self._route: dict[str, Value] = {"models": [self.model]}
+        self._route: dict[str, Value] = {"models": [self.model], **(route or {})}
         if threads is not None:
             self._serve["threads"] = self._route["threads"] = threads
         self._given_folder = folder

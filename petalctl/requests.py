@@ -29,6 +29,8 @@ class GenerateOptions(TypedDict, total=False):
         session: a name under which this connection keeps the caches, so that the next job with it
             prefills only what is new.
         max_session_tokens: room for a kept session; 0 lets the daemon choose.
+        max_wait_s: how long to wait where no server can run some blocks; none lets the daemon's
+            configuration say.
     """
 
     turns: Sequence[Turn | Mapping[str, str]]
@@ -44,6 +46,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     session: str
     max_session_tokens: int
+    max_wait_s: float | None
 
 
 def make_generate(prompt: str | None, options: GenerateOptions) -> Generate:
@@ -81,4 +84,5 @@ def make_generate(prompt: str | None, options: GenerateOptions) -> Generate:
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         session=options.get("session", ""),
         max_session_tokens=options.get("max_session_tokens", 0),
+        max_wait_s=options.get("max_wait_s"),
     )

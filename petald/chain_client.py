@@ -1,117 +1,234 @@
-"""A session from the client's side: one cache on every hop of a chain, and steps through it.
+"""A session from the client's side: streams to the hops, and the clock.
 
-`ChainSession.run` is the one task that owns the session; whoever generates awaits `run_step`. Steps
-are sent to the first hop and come back from the last; several may be under way, so that a prefill
-moves through the hops as a pipeline. Any hop may report a failure on its own stream. Invariant:
-when `run` has ended, every hop has seen its stream end, and so gives the session's room back.
+What is done, and when, is decided by `petald.session`; here its actions are carried out. Every hop
+has a task, which opens its stream, and then one that sends and one that reads. `ChainSession.run`
+holds them all; whoever generates awaits `run_step`. Invariant: when `run` has ended, every hop has
+seen its stream end, and so gives the session's room back.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol
 
 import trio
 
-from p2p.errors import P2PError, Refused, RemoteProtocolError
+from p2p.errors import P2PError, RemoteProtocolError
 from p2p.network import Network, PeerAddress
 from p2p.rpc import MessageStream
 from p2p.wire.message import Message, expect
-from p2p.wire.replies import Ok, Refusal
+from p2p.wire.replies import Refusal
 from p2p.wire.session_messages import (
     SESSION_PROTOCOL,
+    HandOver,
+    Leaving,
+    LinkDone,
+    LinkFailed,
     LinkNext,
+    LinkPrevious,
     OpenSession,
+    Probe,
+    ProbeReply,
     SessionOpened,
     Step,
     StepFailed,
+    StepOutput,
     StepResult,
     Wanted,
 )
-from p2p.wire.tensor import WireTensor
-from petald.errors import HopFailed, SessionLost
+from p2p.wire.tensor import RAW, WireTensor
+from petald.errors import MissingBlocks, PetaldError, SessionLost, leaves
+from petald.history import HistoryStore
 from petald.log import get_logger
 from petald.routing import Hop
+from petald.session import Counts, Session, SessionSettings
+from petald.session_actions import (
+    Action,
+    CloseHop,
+    Ended,
+    Moved,
+    NeedChain,
+    OpenHop,
+    Penalise,
+    SendHandOver,
+    SendLinkNext,
+    SendLinkPrevious,
+    SendProbe,
+    SendStep,
+    StepDone,
+    StepLost,
+    StepResultRows,
+    Waiting,
+)
+from petald.tensors import check_wire
 
 log = get_logger(__name__)
 
-M = TypeVar("M", bound=Message)
+BETTER_PERIOD_S = 10.0
+"""Between two looks for a better chain: as often as views change, or less."""
 
-OPEN_DEADLINE_S = 20.0
-"""For opening a hop: a dial, two handshakes and one round trip over a slow home link."""
+LATE_S = 1.0
+SETTLE_S = 0.2
+"""After a pause of this whole process, what came meanwhile is read before anybody is judged."""
 
-STEP_DEADLINE_S = 120.0
-"""For a step through the whole chain: the longest prefill piece on a slow machine."""
+News = Callable[[Moved | Waiting], None]
 
-CODE_NO_ANSWER = "no_answer"
-CODE_STREAM_BROKEN = "stream_broken"
+
+class Chooser(Protocol):
+    """Who knows the swarm."""
+
+    async def choose(self, need: NeedChain) -> Sequence[Hop]:
+        """Servers for some blocks.
+
+        Raises:
+            MissingBlocks: nobody can run some of them now.
+        """
+
+    async def find_better(
+        self, chain: Sequence[Hop], *, tokens: int, remaining_steps: int
+    ) -> Sequence[Hop] | None:
+        """A chain so much better that moving there pays; none if there is none."""
+
+    def penalise(self, peer: str) -> None:
+        """A peer did not do its part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChainModel:
+    """The model that a session is for.
+
+    Attributes:
+        fingerprint: of its weights.
+        num_blocks: that it has.
+        hidden_size: of the states between them.
+    """
+
+    fingerprint: bytes
+    num_blocks: int
+    hidden_size: int
 
 
 @dataclass(eq=False, slots=True)
-class _Pending:
-    """A step under way."""
+class _Line:
+    """One hop's stream, and what waits to be sent on it."""
+
+    id: int
+    at: Hop
+    session: bytes
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    waiting: deque[Message] = field(default_factory=deque)
+    wake: trio.Event = field(default_factory=trio.Event)
+
+    def send_soon(self, message: Message) -> None:
+        self.waiting.append(message)
+        self.wake.set()
+
+
+@dataclass(eq=False, slots=True)
+class _Step:
+    """A step that somebody awaits."""
 
     done: trio.Event = field(default_factory=trio.Event)
-    result: StepResult | None = None
+    result: StepResultRows | None = None
 
 
 class ChainSession:
-    """One inference on one chain.
+    """One inference, on a chain that may change.
 
     Args:
         network: the way to the hops.
-        model: the fingerprint.
-        chain: hops in block order, which cover the model.
-        max_tokens: the most tokens that the session will have cached.
+        model: whose blocks are run.
+        chooser: finds servers.
+        histories: where the histories are kept.
+        max_tokens: the most that the session will have cached.
+        codec: in which hops write their outputs.
+        max_wait_s: how long to wait where nobody can run some blocks.
+        prefers_hand_over: as for `petald.session.SessionSettings`.
+        on_news: told of what happens to the chain; must not block.
     """
 
     def __init__(
-        self, network: Network, *, model: bytes, chain: Sequence[Hop], max_tokens: int
+        self,
+        network: Network,
+        *,
+        model: ChainModel,
+        chooser: Chooser,
+        histories: HistoryStore,
+        max_tokens: int,
+        codec: str = RAW,
+        max_wait_s: float = 0.0,
+        prefers_hand_over: Callable[[Hop, Hop, int], bool] = lambda old, new, tokens: False,
+        on_news: News = lambda news: None,
     ) -> None:
-        self.chain = tuple(chain)
         self.max_tokens = max_tokens
-        self.max_step_tokens = 0
+        self.codec = codec
+        self.on_news = on_news
         self._network = network
         self._model = model
-        self._ids = [os.urandom(16) for _ in self.chain]
-        self._streams: list[MessageStream] = []
-        self._pending: dict[int, _Pending] = {}
-        self._next_number = 1
-        self._failure: HopFailed | None = None
+        self._chooser = chooser
+        self._machine = Session(
+            SessionSettings(
+                num_blocks=model.num_blocks,
+                max_tokens=max_tokens,
+                make_history=histories.open,
+                max_wait_s=max_wait_s,
+                prefers_hand_over=prefers_hand_over,
+            )
+        )
+        self._lines: dict[int, _Line] = {}
+        self._steps: dict[int, _Step] = {}
+        self._error: PetaldError | None = None
         self._scope = trio.CancelScope()
         self._has_ended = trio.Event()
+        self._is_ready = trio.Event()
+        self._timer = trio.Event()
+        self._timer_at = float("inf")
+        self._nursery: trio.Nursery | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether steps can be run."""
-        return bool(self._streams) and self._failure is None and not self._has_ended.is_set()
+        """Whether steps can be run, now or once the chain is whole again."""
+        return self._nursery is not None and not self._machine.has_ended
+
+    @property
+    def chain(self) -> tuple[Hop, ...]:
+        """The hops, in order; some may be missing while they are replaced."""
+        return self._machine.chain
+
+    @property
+    def max_step_tokens(self) -> int:
+        """The longest step that every hop takes."""
+        return self._machine.max_step_tokens
+
+    @property
+    def counts(self) -> Counts:
+        """What the session has gone through."""
+        return self._machine.counts
 
     async def run(
-        self, *, task_status: trio.TaskStatus[HopFailed | None] = trio.TASK_STATUS_IGNORED
+        self, *, task_status: trio.TaskStatus[PetaldError | None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Opens the session, and keeps it until `close`.
+        """Opens the session, and keeps it until `close`, or until it is lost.
 
-        Reports, as the nursery's start value, the failure of the hop that could not be opened, or
-        none once steps can be run.
+        Reports, as the nursery's start value, why it could not be opened, or none once steps can
+        be run.
         """
         with self._scope:
             try:
-                try:
-                    await self._open()
-                except HopFailed as failure:
-                    self._failure = failure
-                    task_status.started(failure)
-                    return
-                task_status.started(None)
                 async with trio.open_nursery() as nursery:
-                    for hop, stream in zip(self.chain, self._streams, strict=True):
-                        nursery.start_soon(self._read, hop, stream)
+                    self._nursery = nursery
+                    nursery.start_soon(self._keep_time)
+                    self._carry_out(self._machine.start(trio.current_time()))
+                    await self._is_ready.wait()
+                    task_status.started(self._error)
+                    nursery.start_soon(self._keep_looking)
+                    if self._error is not None:
+                        nursery.cancel_scope.cancel()
             finally:
-                with trio.CancelScope(shield=True):
-                    for stream in self._streams:
-                        await stream.abort()
+                self._carry_out(self._machine.close())
                 self._wake_all()
                 self._has_ended.set()
 
@@ -128,8 +245,8 @@ class ChainSession:
         position: int,
         wanted: Wanted,
         meanwhile: Callable[[], Awaitable[None]] | None = None,
-    ) -> StepResult:
-        """Runs one step through the chain.
+    ) -> StepResultRows:
+        """Runs one step through the chain, whatever becomes of its hops.
 
         Args:
             hidden: ``[tokens, hidden]``, at most `max_step_tokens` tokens.
@@ -138,168 +255,252 @@ class ChainSession:
             meanwhile: awaited while the step is on its way.
 
         Raises:
-            HopFailed, SessionLost: the session is lost.
+            SessionLost, MissingBlocks, HopFailed: the session is lost.
+            BadRequest: the step does not follow the ones before.
 
-        Cancellation: the step was sent, whole, or not. The session can be used on, since the next
-        step says from where.
+        Cancellation: the step is taken back, and those after it; the session can be used on.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        self._check_failure()
-        number = self._next_number
-        self._next_number += 1
-        pending = self._pending[number] = _Pending()
+        self._check()
+        ticket, actions = self._machine.submit(position, hidden, wanted, trio.current_time())
+        step = self._steps[ticket] = _Step()
+        self._carry_out(actions)
         try:
-            await self._send_first(
-                Step(number=number, position=position, hidden=hidden, wanted=wanted)
-            )
             if meanwhile is not None:
                 await meanwhile()
-            with trio.move_on_after(STEP_DEADLINE_S) as waiting:
-                await pending.done.wait()
+            await step.done.wait()
+        except BaseException:
+            if not self._machine.has_ended:
+                self._carry_out(self._machine.cancel(ticket, trio.current_time()))
+            raise
         finally:
-            del self._pending[number]
-        self._check_failure()
-        if waiting.cancelled_caught:
-            text = f"no answer to a step within {STEP_DEADLINE_S:g} s"
-            raise self._fail(self.chain[-1], CODE_NO_ANSWER, text)
-        if pending.result is None:
-            raise SessionLost("the session was closed while a step was under way")
-        return pending.result
+            self._steps.pop(ticket, None)
+        if step.result is None:
+            self._check()
+            raise SessionLost("a step before this one was taken back")
+        return step.result
 
-    async def _send_first(self, step: Step) -> None:
-        """Sends a step to the first hop, whole or not at all, so that a job can be cancelled."""
-        with trio.move_on_after(STEP_DEADLINE_S, shield=True) as sending:
-            try:
-                await self._streams[0].send(step)
-            except P2PError as error:
-                raise self._fail(self.chain[0], error.code, str(error)) from error
-        if sending.cancelled_caught:
-            text = f"did not take a step within {STEP_DEADLINE_S:g} s"
-            raise self._fail(self.chain[0], CODE_NO_ANSWER, text)
-
-    def _check_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        if self._has_ended.is_set():
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._machine.has_ended or self._nursery is None:
             raise SessionLost("the session is closed")
 
-    async def _open(self) -> None:
-        failures: list[HopFailed] = []
-        streams: list[MessageStream | None] = [None] * len(self.chain)
-        limits: list[int] = []
+    def _wake_all(self) -> None:
+        self._is_ready.set()
+        for step in self._steps.values():
+            step.done.set()
 
-        async def open_hop(index: int) -> None:
-            hop = self.chain[index]
-            with trio.move_on_after(OPEN_DEADLINE_S) as waiting:
-                try:
-                    self._network.learn(PeerAddress(hop.peer, hop.addresses))
-                    stream = await self._network.open_stream(hop.peer, SESSION_PROTOCOL)
-                    streams[index] = messages = MessageStream(stream)
-                    limits.append(await self._say_hello(index, messages))
-                except P2PError as error:
-                    failures.append(_hop_failed(hop, error))
-            if waiting.cancelled_caught:
-                text = f"did not open a session within {OPEN_DEADLINE_S:g} s"
-                failures.append(HopFailed(_describe(hop, text), peer=hop.peer))
+    # Actions.
 
-        async def link_hop(index: int) -> None:
-            following = self.chain[index + 1]
-            messages = streams[index]
-            assert messages is not None
-            with trio.move_on_after(OPEN_DEADLINE_S) as waiting:
-                try:
-                    await messages.send(
-                        LinkNext(
-                            peer=following.peer,
-                            session=self._ids[index + 1],
-                            addresses=following.addresses,
-                        )
-                    )
-                    _check_reply(messages, await messages.receive(), Ok)
-                except Refused as error:  # it is the next hop that could not be reached
-                    failures.append(_hop_failed(following, error))
-                except P2PError as error:
-                    failures.append(_hop_failed(self.chain[index], error))
-            if waiting.cancelled_caught:
-                text = f"was not linked within {OPEN_DEADLINE_S:g} s"
-                failures.append(HopFailed(_describe(following, text), peer=following.peer))
+    def _carry_out(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, SendStep):
+                self._send_step(action)
+            elif isinstance(action, StepDone):
+                step = self._steps.get(action.ticket)
+                if step is not None:
+                    step.result = action.result
+                    step.done.set()
+            else:
+                self._carry_out_rare(action)
+        if self._machine.is_running:
+            self._is_ready.set()
+        due = self._machine.next_deadline()
+        if due < self._timer_at:
+            self._timer_at = due
+            self._timer.set()
 
-        try:
-            async with trio.open_nursery() as nursery:
-                for index in range(len(self.chain)):
-                    nursery.start_soon(open_hop, index)
-            if not failures:
-                async with trio.open_nursery() as nursery:
-                    for index in range(len(self.chain) - 1):
-                        nursery.start_soon(link_hop, index)
-        finally:
-            self._streams = [messages for messages in streams if messages is not None]
-        if failures:
-            raise failures[0]
-        self.max_step_tokens = min(limits)
+    def _carry_out_rare(self, action: Action) -> None:
+        nursery = self._nursery
+        if isinstance(action, CloseHop):
+            line = self._lines.pop(action.hop, None)
+            if line is not None:
+                line.scope.cancel()
+        elif isinstance(action, StepLost):
+            step = self._steps.get(action.ticket)
+            if step is not None:
+                step.done.set()
+        elif isinstance(action, Ended):
+            self._error = action.error
+            self._wake_all()
+        elif isinstance(action, Penalise):
+            log.info("hop failed", peer=action.peer, reason=action.code)
+            self._chooser.penalise(action.peer)
+        elif isinstance(action, Moved | Waiting):
+            self.on_news(action)
+        elif isinstance(action, OpenHop) and nursery is not None:
+            line = self._lines[action.hop] = _Line(action.hop, action.at, os.urandom(16))
+            nursery.start_soon(self._run_line, line, action)
+        elif isinstance(action, NeedChain) and nursery is not None:
+            nursery.start_soon(self._choose, action)
+        else:
+            self._send_request(action)
 
-    async def _say_hello(self, index: int, messages: MessageStream) -> int:
-        hop = self.chain[index]
-        await messages.send(
-            OpenSession(
-                session=self._ids[index],
-                model=self._model,
-                start=hop.start,
-                end=hop.end,
-                max_tokens=self.max_tokens,
-                previous=self.chain[index - 1].peer if index else None,
+    def _send_step(self, action: SendStep) -> None:
+        line = self._lines[action.hop]
+        line.send_soon(
+            Step(
+                number=action.number,
+                position=action.position,
+                hidden=action.hidden,
+                wanted=action.wanted,
+                until=action.until,
             )
         )
-        opened = _check_reply(messages, await messages.receive(), SessionOpened)
-        if opened.max_step_tokens < 1:
-            raise RemoteProtocolError("the server takes no tokens in a step")
-        return opened.max_step_tokens
 
-    async def _read(self, hop: Hop, stream: MessageStream) -> None:
-        """Takes what one hop has to say, until its stream ends."""
-        try:
-            while (received := await stream.receive()) is not None:
-                if isinstance(received, StepResult) and hop is self.chain[-1]:
-                    pending = self._pending.get(received.number)
-                    if pending is not None:
-                        pending.result = received
-                        pending.done.set()
-                elif isinstance(received, StepFailed):
-                    self._blame(hop, received)
-                else:
-                    expect(received, StepFailed)
-        except P2PError as error:
-            self._fail(hop, error.code, str(error))
+    def _send_request(self, action: Action) -> None:
+        if isinstance(action, SendLinkNext):
+            target = self._lines[action.target]
+            message: Message = LinkNext(
+                request=action.request,
+                peer=target.at.peer,
+                session=target.session,
+                addresses=target.at.addresses,
+            )
+        elif isinstance(action, SendLinkPrevious):
+            message = LinkPrevious(request=action.request, peer=action.peer)
+        elif isinstance(action, SendHandOver):
+            target = self._lines[action.target]
+            message = HandOver(
+                request=action.request,
+                peer=target.at.peer,
+                session=target.session,
+                tokens=action.tokens,
+                addresses=target.at.addresses,
+            )
+        elif isinstance(action, SendProbe):
+            message = Probe(request=action.request)
         else:
-            self._fail(hop, CODE_STREAM_BROKEN, "it ended the session")
+            raise TypeError(f"{action} is not known")
+        self._lines[action.hop].send_soon(message)
 
-    def _blame(self, reporter: Hop, failed: StepFailed) -> None:
-        culprit = next((hop for hop in self.chain if hop.peer == failed.culprit), reporter)
-        self._fail(culprit, failed.code, failed.text)
+    # Tasks.
 
-    def _fail(self, hop: Hop, code: str, text: str) -> HopFailed:
-        if self._failure is None:
-            self._failure = HopFailed(_describe(hop, f"failed ({code}): {text!r}"), peer=hop.peer)
-            log.info("hop failed", peer=hop.peer, blocks=f"{hop.start}:{hop.end}", reason=code)
-        self._wake_all()
-        return self._failure
+    async def _choose(self, need: NeedChain) -> None:
+        try:
+            chain = await self._chooser.choose(need)
+        except MissingBlocks as error:
+            now = trio.current_time()
+            self._carry_out(self._machine.on_no_chain(need.question, error, now))
+        else:
+            self._carry_out(self._machine.on_chain(need.question, chain, trio.current_time()))
 
-    def _wake_all(self) -> None:
-        for pending in self._pending.values():
-            pending.done.set()
+    async def _keep_time(self) -> None:
+        while True:
+            with trio.move_on_at(self._timer_at):
+                await self._timer.wait()
+            self._timer = trio.Event()
+            late_s = trio.current_time() - self._timer_at
+            if late_s > LATE_S:
+                await trio.sleep(SETTLE_S)
+            self._timer_at = float("inf")
+            now = trio.current_time()
+            actions = [] if self._machine.next_deadline() > now else self._machine.on_timer(now)
+            self._carry_out(actions)
+            self._timer_at = self._machine.next_deadline()
 
+    async def _keep_looking(self) -> None:
+        """Looks for a better chain from time to time."""
+        while True:
+            await trio.sleep(BETTER_PERIOD_S)
+            if not self._machine.is_running or self._machine.is_moving:
+                continue
+            chain = await self._chooser.find_better(
+                self._machine.chain,
+                tokens=self.max_tokens,
+                remaining_steps=self.max_tokens - self._machine.submitted_rows,
+            )
+            if chain is not None:
+                self._carry_out(self._machine.propose(chain, trio.current_time()))
 
-def _check_reply(messages: MessageStream, reply: Message | None, cls: type[M]) -> M:
-    if reply is None:
-        raise RemoteProtocolError("the stream ended before the answer")
-    if isinstance(reply, Refusal):
-        raise Refused(messages.remote_peer, reply.code, reply.text, reply.retry_after_s)
-    return expect(reply, cls)
+    async def _run_line(self, line: _Line, action: OpenHop) -> None:
+        with line.scope:
+            try:
+                self._network.learn(PeerAddress(line.at.peer, line.at.addresses))
+                stream = await self._network.open_stream(line.at.peer, SESSION_PROTOCOL)
+                messages = MessageStream(stream)
+                try:
+                    await self._open_hop(line, messages, action)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await messages.abort()
+            except* P2PError as group:
+                for error in leaves(group):
+                    assert isinstance(error, P2PError)
+                    self._on_failed(line, error.code, str(error))
 
+    async def _open_hop(self, line: _Line, messages: MessageStream, action: OpenHop) -> None:
+        await messages.send(
+            OpenSession(
+                session=line.session,
+                model=self._model.fingerprint,
+                start=line.at.start,
+                end=line.at.end,
+                max_tokens=self.max_tokens,
+                previous=action.previous,
+                codec=self.codec,
+                cache_from=action.cache_from,
+            )
+        )
+        reply = await messages.receive()
+        if isinstance(reply, Refusal):
+            self._on_failed(line, reply.code, reply.text, reply.retry_after_s)
+            return
+        if reply is None:
+            raise RemoteProtocolError("the stream ended before the answer")
+        opened = expect(reply, SessionOpened)
+        now = trio.current_time()
+        self._carry_out(self._machine.on_opened(line.id, opened.max_step_tokens, now))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send, line, messages)
+            await self._read(line, messages)
+            nursery.cancel_scope.cancel()
 
-def _hop_failed(hop: Hop, error: P2PError) -> HopFailed:
-    return HopFailed(_describe(hop, str(error)), peer=hop.peer)
+    async def _send(self, line: _Line, messages: MessageStream) -> None:
+        while True:
+            while line.waiting:
+                await messages.send(line.waiting.popleft())
+            line.wake = trio.Event()
+            await line.wake.wait()
 
+    async def _read(self, line: _Line, messages: MessageStream) -> None:
+        """Takes what one hop has to say, until its stream ends."""
+        while (received := await messages.receive()) is not None:
+            self._carry_out(self._take(line, received, trio.current_time()))
+        self._on_failed(line, "stream_broken", "it ended the session")
 
-def _describe(hop: Hop, text: str) -> str:
-    return f"the hop {hop.peer} for blocks {hop.start}:{hop.end} {text}"
+    def _take(self, line: _Line, received: Message, now: float) -> Sequence[Action]:
+        machine = self._machine
+        if isinstance(received, StepOutput):
+            self._check_rows(received.hidden)
+            return machine.on_output(line.id, received.number, received.hidden, now)
+        if isinstance(received, StepResult):
+            if received.hidden is not None:
+                self._check_rows(received.hidden)
+            return machine.on_result(line.id, received.number, received.hidden, received.times, now)
+        if isinstance(received, LinkDone):
+            return machine.on_link_done(line.id, received.request, now)
+        if isinstance(received, LinkFailed):
+            return machine.on_link_failed(
+                line.id, received.request, received.code, received.text, now
+            )
+        if isinstance(received, ProbeReply):
+            return machine.on_probe_reply(line.id, received.request, received.received, now)
+        if isinstance(received, Leaving):
+            return machine.on_leaving(line.id, now)
+        failed = expect(received, StepFailed)
+        return machine.on_step_failed(
+            line.id, failed.number, failed.code, failed.text, failed.culprit, now
+        )
+
+    def _check_rows(self, hidden: WireTensor) -> None:
+        check_wire(hidden, hidden_size=self._model.hidden_size, max_tokens=self.max_tokens)
+
+    def _on_failed(self, line: _Line, code: str, text: str, retry_after_s: float = 0.0) -> None:
+        log.debug("hop lost", peer=line.at.peer, code=code, reason=text)
+        self._carry_out(
+            self._machine.on_hop_failed(
+                line.id, code, text, trio.current_time(), retry_after_s=retry_after_s
+            )
+        )

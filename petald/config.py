@@ -32,6 +32,7 @@ Check = Callable[[Any], None]
 
 ANY_BLOCKS = "auto"
 MAX_THREADS = 1024
+MAX_WAIT_S = 86400
 MAX_STOP_TIMEOUT_S = 3600.0
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 _MODE = re.compile(r"0?[0-7]{3}")
@@ -277,6 +278,27 @@ class RouteConfig:
         default="float32",
         check=_DTYPES,
         metavar="DTYPE",
+    )
+    codec: str = _setting(
+        "How hidden states are written on the wire: raw, or int8, which takes a quarter of the "
+        "bytes of float32 and loses some precision.",
+        default="raw",
+        check=_one_of("raw", "int8"),
+        metavar="CODEC",
+    )
+    max_wait_s: float = _setting(
+        "How long, in seconds, a job waits where no server can run some blocks, unless it says "
+        "itself.",
+        default=60.0,
+        check=_between(0, MAX_WAIT_S),
+        metavar="SECONDS",
+    )
+    history_bytes: int = _setting(
+        "Memory for what sessions sent, from which a server that fails is replaced. What goes "
+        "beyond it lies in temporary files.",
+        default=256 * 1024 * 1024,
+        check=_at_least(0),
+        metavar="BYTES",
     )
     threads: int = _setting(
         "Processor threads, where [serve] threads is 0. 0 leaves it to PyTorch.",

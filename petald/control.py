@@ -36,7 +36,7 @@ from p2p.wire.control_messages import (
 )
 from p2p.wire.message import Message
 from petald.config import DaemonConfig
-from petald.errors import BadRequest, PetaldError, SocketInUse
+from petald.errors import BadRequest, PetaldError, SocketInUse, raise_alone
 from petald.generation import GenerationJob, KeptSession
 from petald.log import get_logger, log_context
 
@@ -246,10 +246,15 @@ async def _generate(connection: _Connection, request: Generate, jobs: Jobs) -> N
         connection.sessions_in_use.add(name)
     kept: KeptSession | None = None
     try:
-        kept = await job.open_session(connection.nursery, connection.kept.pop(name, None))
-        if name:
-            connection.kept[name] = kept
-        await job.run(kept)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(job.tell_news)
+            kept = await job.open_session(connection.nursery, connection.kept.pop(name, None))
+            if name:
+                connection.kept[name] = kept
+            await job.run(kept)
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise_alone(group)
     finally:
         connection.sessions_in_use.discard(name)
         if kept is not None and not (name and kept.session.is_open):

@@ -69,7 +69,7 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
         trio.open_nursery() as nursery,
     ):
         directory = Directory(network)
-        router = Router(network, directory)
+        router = Router(network, directory, config.route)
         models = LocalModels(
             config.route.models,
             dtype=parse_dtype(config.route.dtype, parse_device("cpu")),
@@ -97,6 +97,9 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
                 executor=local_executor,
                 send=send,
                 started_at=started_at,
+                max_wait_s=(
+                    config.route.max_wait_s if request.max_wait_s is None else request.max_wait_s
+                ),
             )
 
         jobs = Jobs(

@@ -6,7 +6,7 @@ do.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 
 class PetaldError(Exception):
@@ -86,3 +86,13 @@ def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     for error in group.exceptions:
         found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found
+
+
+def raise_alone(group: BaseExceptionGroup[BaseException]) -> NoReturn:
+    """Raises the one plain error of a group, for callers who know no groups.
+
+    Cancellations give way to an error; of several errors the first is raised.
+    """
+    found = leaves(group)
+    plain = [error for error in found if isinstance(error, Exception)]
+    raise (plain or found)[0]

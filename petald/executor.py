@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,6 +25,13 @@ from petald.scheduler import Priority, Scheduler, Work
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+MEAN_WEIGHT = 0.1
+"""Of the newest batch in the mean queue time: some twenty batches show a change, not one alone."""
+
+MEAN_TIME_S = 5.0
+"""After so long without a batch the mean queue time counts for 1/e: well above a batch, which takes
+tens of milliseconds, and well below the minutes that a session lasts."""
 
 BatchFunction = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -63,18 +71,24 @@ class Executor:
         self._scheduler: Scheduler[_Pending] = Scheduler(max_batch_tokens=max_batch_tokens)
         self._condition = threading.Condition()
         self._is_closed = False
+        # One tuple, so that another thread reads both of one moment.
+        self._mean_queue = (0.0, time.perf_counter())
         self.batches = 0
         self.batched_items = 0
 
     async def run(
-        self, function: Callable[..., T], *args: Any, priority: Priority = Priority.DECODE
+        self,
+        function: Callable[..., T],
+        *args: Any,
+        priority: Priority = Priority.DECODE,
+        peer: str = "",
     ) -> T:
-        """Runs a function on the device's thread.
+        """Runs a function on the device's thread, which all peers share equally.
 
         Cancellation: either it never ran, or it has ended; its result is lost.
         """
         call: BatchFunction = functools.partial(_call_one, function)
-        timed = await self._submit(Work(self._pending(call, args), priority))
+        timed = await self._submit(Work(self._pending(call, args), priority, peer=peer))
         value: T = timed.value
         return value
 
@@ -85,7 +99,8 @@ class Executor:
         *,
         priority: Priority,
         tokens: int,
-        batch_key: object,
+        batch_key: Hashable,
+        peer: str = "",
     ) -> Timed:
         """Runs ``function([argument, ...])`` together with other work of an equal batch key.
 
@@ -95,12 +110,29 @@ class Executor:
         Cancellation: as `run`.
         """
         pending = self._pending(function, argument)
-        return await self._submit(Work(pending, priority, tokens, (function, batch_key)))
+        return await self._submit(Work(pending, priority, tokens, (function, batch_key), peer))
 
     @property
     def queued(self) -> int:
         """How many pieces of work wait."""
         return len(self._scheduler)
+
+    @property
+    def queued_tokens(self) -> int:
+        """How many rows wait, of all kinds."""
+        return sum(map(self.queued_tokens_of, Priority))
+
+    def queued_tokens_of(self, priority: Priority) -> int:
+        """How many rows of one kind wait."""
+        return self._scheduler.queued_tokens(priority)
+
+    @property
+    def mean_queue_s(self) -> float:
+        """How long decode steps waited of late, smoothed; falls towards 0 while none waits."""
+        mean_s, at = self._mean_queue
+        if self.queued_tokens_of(Priority.DECODE):
+            return mean_s
+        return mean_s * math.exp((at - time.perf_counter()) / MEAN_TIME_S)
 
     def _pending(self, function: BatchFunction, argument: Any) -> _Pending:
         return _Pending(function, argument, time.perf_counter())
@@ -133,7 +165,10 @@ class Executor:
                     self._condition.wait()
                 if self._is_closed:
                     return
-                batch = [work.item for work in self._scheduler.next_batch()]
+                works = self._scheduler.next_batch()
+            batch = [work.item for work in works]
+            if works[0].priority is Priority.DECODE:
+                self._note_queue_time(batch)
             self._run_batch(batch)
             try:
                 self._token.run_sync_soon(_deliver, batch)
@@ -145,6 +180,14 @@ class Executor:
         with self._condition:
             self._is_closed = True
             self._condition.notify()
+
+    def _note_queue_time(self, batch: list[_Pending]) -> None:
+        now = time.perf_counter()
+        queue_s = sum(now - pending.queued_at for pending in batch) / len(batch)
+        mean_s, at = self._mean_queue
+        # The longer ago the last batch was, the less it says.
+        weight = max(MEAN_WEIGHT, 1 - math.exp((at - now) / MEAN_TIME_S))
+        self._mean_queue = (mean_s + weight * (queue_s - mean_s), now)
 
     def _run_batch(self, batch: list[_Pending]) -> None:
         started_at = time.perf_counter()

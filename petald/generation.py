@@ -9,7 +9,9 @@ states every hop has cached, so what a new prompt shares with it need not be sen
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +21,10 @@ import trio
 from kernels.sampling import Sampler
 from kernels.sampling_params import SamplingParams
 from p2p.wire.control_messages import (
+    MAX_MOVES,
     Chain,
     ChainHop,
+    ChainMove,
     Generate,
     Generated,
     GenerateDone,
@@ -28,13 +32,14 @@ from p2p.wire.control_messages import (
     Timings,
 )
 from p2p.wire.message import Message
-from p2p.wire.session_messages import StepResult, Wanted
+from p2p.wire.session_messages import Wanted
 from petald.chain_client import ChainSession
-from petald.errors import BadRequest, HopFailed, PromptTooLong, SessionLost
+from petald.errors import BadRequest, HopFailed, PetaldError, PromptTooLong
 from petald.executor import Executor
 from petald.local_model import LocalModel
 from petald.router import Router
 from petald.scheduler import Priority
+from petald.session_actions import Moved, StepResultRows, Waiting
 from petald.tensors import from_wire, to_wire
 from petald.tokenizer import TextStream
 
@@ -48,6 +53,9 @@ that the matrix products are bound by arithmetic (``benchmarks/decode.py``)."""
 
 KEPT_SESSION_SPARE_TOKENS = 2048
 """Room that a kept session gets beyond its first job when the app does not say how much."""
+
+MAX_NEWS = 16
+"""News of the chain that wait for an app to read; what is more is not told."""
 
 Send = Callable[[Message], Awaitable[None]]
 
@@ -76,7 +84,7 @@ class _Clock:
     hop_compute_us: list[int] = field(default_factory=list)
     hop_queue_us: list[int] = field(default_factory=list)
 
-    def on_decode_step(self, result: StepResult) -> None:
+    def on_decode_step(self, result: StepResultRows) -> None:
         if len(self.hop_compute_us) != len(result.times):
             self.hop_compute_us = [0] * len(result.times)
             self.hop_queue_us = [0] * len(result.times)
@@ -108,6 +116,7 @@ class GenerationJob:
         executor: the thread for embedding, head and sampling.
         send: takes what the app is to be told.
         started_at: when the request came, in trio's time.
+        max_wait_s: how long to wait where nobody can run some blocks.
 
     Raises:
         BadRequest, PromptTooLong, BadSampling: the request cannot be done by anybody.
@@ -122,6 +131,7 @@ class GenerationJob:
         executor: Executor,
         send: Send,
         started_at: float,
+        max_wait_s: float,
     ) -> None:
         self._request = request
         self._model = model
@@ -132,6 +142,9 @@ class GenerationJob:
         self._prompt = _encode_prompt(request, model)
         self._limit = _check_length(request, model, len(self._prompt))
         self._clock = _Clock(started_at)
+        self._max_wait_s = max_wait_s
+        self._moves: deque[ChainMove] = deque(maxlen=MAX_MOVES)
+        self._news_in, self._news_out = trio.open_memory_channel[Moved | Waiting](MAX_NEWS)
 
     async def open_session(self, nursery: trio.Nursery, kept: KeptSession | None) -> KeptSession:
         """Gives the session to generate with: the kept one if it still can be used, or a new one.
@@ -147,6 +160,7 @@ class GenerationJob:
         if kept is not None:
             fits = kept.model is self._model and kept.session.max_tokens >= needed
             if fits and kept.session.is_open:
+                kept.session.on_news = self._on_news
                 return kept
             await kept.session.close()
         room = needed
@@ -154,15 +168,39 @@ class GenerationJob:
             spare = self._request.max_session_tokens or needed + KEPT_SESSION_SPARE_TOKENS
             room = max(needed, min(spare, self._model.identity.config.max_positions))
         session = await self._router.open_session(
-            self._model.identity, max_tokens=room, nursery=nursery
+            self._model.identity,
+            max_tokens=room,
+            nursery=nursery,
+            max_wait_s=self._max_wait_s,
+            on_news=self._on_news,
         )
         return KeptSession(self._model, session)
+
+    async def tell_news(self) -> None:
+        """Tells the app what happens to the chain, until it is cancelled."""
+        async for news in self._news_out:
+            if isinstance(news, Waiting):
+                text = f"{news.text} (for {news.waited_s:.0f} s; waiting up to {news.limit_s:.0f})"
+                progress = Progress(job=self._request.job, event="waiting", text=text)
+            else:
+                move = _wire_move(news)
+                text = f"blocks {move.start}:{move.end} moved after {move.reason}"
+                progress = Progress(job=self._request.job, event="moved", text=text, move=move)
+            await self._send(progress)
+
+    def _on_news(self, news: Moved | Waiting) -> None:
+        if isinstance(news, Moved):
+            if not news.old:  # the chain as it was opened is told of by itself
+                return
+            self._moves.append(_wire_move(news))
+        with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError):
+            self._news_in.send_nowait(news)
 
     async def run(self, kept: KeptSession) -> None:
         """Generates, and tells the app every step of it.
 
         Raises:
-            HopFailed, SessionLost: the session is of no more use.
+            HopFailed, MissingBlocks, SessionLost: the session is of no more use.
 
         Cancellation: the session can be used on; ``kept.cached`` says what it has.
         """
@@ -210,6 +248,7 @@ class GenerationJob:
                 finish_reason=finish_reason,
                 chain=_wire_chain(kept.session),
                 timings=self._clock.timings(len(tokens)),
+                moves=tuple(self._moves),
             )
         )
 
@@ -220,8 +259,8 @@ class GenerationJob:
         size = min(PREFILL_PIECE_TOKENS, kept.session.max_step_tokens)
         starts = range(shared, len(self._prompt), size)
         self._clock.prefilled_tokens = len(self._prompt) - shared
-        results: dict[int, StepResult] = {}
-        failures: list[HopFailed | SessionLost] = []
+        results: dict[int, StepResultRows] = {}
+        failures: list[PetaldError] = []
         window = trio.CapacityLimiter(PREFILL_WINDOW)
         done = shared
 
@@ -237,9 +276,9 @@ class GenerationJob:
                 task_status.started()
                 try:
                     results[start] = await kept.session.run_step(
-                        to_wire(hidden_SD), position=start, wanted=wanted
+                        to_wire(hidden_SD, kept.session.codec), position=start, wanted=wanted
                     )
-                except (HopFailed, SessionLost) as error:
+                except PetaldError as error:
                     failures.append(error)
                     return
             done += len(ids)
@@ -259,7 +298,6 @@ class GenerationJob:
                 if failures:
                     break
         if failures:
-            self._on_failure(failures[0])
             raise failures[0]
         kept.cached = list(self._prompt)
         return self._read_row(kept, results[starts[-1]])
@@ -271,21 +309,17 @@ class GenerationJob:
 
         The app is told of the token while the step is on its way.
         """
-        try:
-            result = await kept.session.run_step(
-                to_wire(hidden_SD),
-                position=len(kept.cached),
-                wanted=Wanted.LAST,
-                meanwhile=functools.partial(self._send, news),
-            )
-        except (HopFailed, SessionLost) as error:
-            self._on_failure(error)
-            raise
+        result = await kept.session.run_step(
+            to_wire(hidden_SD, kept.session.codec),
+            position=len(kept.cached),
+            wanted=Wanted.LAST,
+            meanwhile=functools.partial(self._send, news),
+        )
         kept.cached.append(token)
         self._clock.on_decode_step(result)
         return self._read_row(kept, result)
 
-    def _read_row(self, kept: KeptSession, result: StepResult) -> torch.Tensor:
+    def _read_row(self, kept: KeptSession, result: StepResultRows) -> torch.Tensor:
         if result.hidden is None:
             raise HopFailed(
                 "the last hop sent no hidden states where one row was wanted",
@@ -299,10 +333,6 @@ class GenerationJob:
             dtype=ends.dtype,
             device=ends.device,
         )
-
-    def _on_failure(self, error: HopFailed | SessionLost) -> None:
-        if isinstance(error, HopFailed):
-            self._router.penalise(error.peer)
 
 
 def _sampling_params(request: Generate) -> SamplingParams:
@@ -356,3 +386,17 @@ def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _wire_chain(session: ChainSession) -> Chain:
     return tuple(ChainHop(peer=hop.peer, start=hop.start, end=hop.end) for hop in session.chain)
+
+
+def _wire_move(moved: Moved) -> ChainMove:
+    return ChainMove(
+        start=moved.start,
+        end=moved.end,
+        old=moved.old,
+        new=moved.new,
+        reason=moved.code,
+        silent_s=moved.silent_s,
+        pause_s=moved.pause_s,
+        replayed_tokens=moved.replayed_tokens,
+        handed_over_tokens=moved.handed_over_tokens,
+    )

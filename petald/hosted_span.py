@@ -66,8 +66,55 @@ class HostedSpan:
         with trio.CancelScope(shield=True):
             await self._executor.run(cache.close)
 
+    async def read_cache(
+        self, cache: SequenceCache, block: int, position: int, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of keys and values in one block (absolute), ``[K, T, H]`` each.
+
+        Raises:
+            CacheFull: not so many tokens are cached.
+        """
+        index = block - self.span.start
+        return await self._executor.run(
+            cache.read, index, position, tokens, priority=Priority.PREFILL
+        )
+
+    async def extend_cache(self, cache: SequenceCache, tokens: int) -> None:
+        """Counts tokens as cached that `write_cache` will bring.
+
+        Raises:
+            CacheFull: it is more than was promised.
+        """
+        await self._executor.run(cache.extend, tokens, priority=Priority.PREFILL)
+
+    async def write_cache(
+        self,
+        cache: SequenceCache,
+        block: int,
+        position: int,
+        keys_KTH: torch.Tensor,
+        values_KTH: torch.Tensor,
+    ) -> None:
+        """Writes keys and values in one block (absolute)."""
+        index = block - self.span.start
+        await self._executor.run(
+            cache.write, index, position, keys_KTH, values_KTH, priority=Priority.PREFILL
+        )
+
+    async def truncate_cache(self, cache: SequenceCache, length: int) -> None:
+        """Forgets all tokens from a position on; runs to its end even when cancelled."""
+        with trio.CancelScope(shield=True):
+            await self._executor.run(cache.truncate, length)
+
     async def run_step(
-        self, cache: SequenceCache, hidden_SD: torch.Tensor, *, position: int, start: int, end: int
+        self,
+        cache: SequenceCache,
+        hidden_SD: torch.Tensor,
+        *,
+        position: int,
+        start: int,
+        end: int,
+        peer: str = "",
     ) -> Timed:
         """Runs a step through the blocks ``[start, end)``; its value is the output, ``[S, D]``.
 
@@ -77,6 +124,7 @@ class HostedSpan:
             position: of the first row.
             start: absolute, within the span.
             end: likewise.
+            peer: who asked for it; peers share the device equally.
 
         Raises:
             KernelError: the step was not done; the cache holds ``position`` tokens.
@@ -91,6 +139,7 @@ class HostedSpan:
             priority=Priority.DECODE if is_decode else Priority.PREFILL,
             tokens=tokens,
             batch_key=(start, end),
+            peer=peer,
         )
         if is_decode:
             self.decode_steps += 1

@@ -7,17 +7,23 @@ memory of who failed lately.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import trio
 
 from p2p.directory import Directory
 from p2p.errors import P2PError, RemoteProtocolError
 from p2p.network import Network, PeerAddress
-from petald.chain_client import ChainSession
-from petald.errors import HopFailed, MissingBlocks
+from petald.announcer import TTL_S
+from petald.chain_client import ChainModel, ChainSession, News
+from petald.config import RouteConfig
+from petald.errors import MissingBlocks
+from petald.history import HistoryStore
 from petald.local_model import ModelIdentity
 from petald.log import get_logger
-from petald.routing import choose_chain
+from petald.rebuild_cost import RebuildCost
+from petald.routing import UNKNOWN_ROUND_TRIP_S, Hop, chain_cost_s, choose_chain, should_move
+from petald.session_actions import NeedChain
 from petald.swarm import Announcement, Server, SwarmView, directory_key, make_view
 
 log = get_logger(__name__)
@@ -25,10 +31,19 @@ log = get_logger(__name__)
 VIEW_AGE_S = 5.0
 """A view is read again when it is older: a third of the time between two announcements."""
 
-PENALTY_S = 30.0
-"""How long a peer that failed is left out: one announcement later it is known to live or not."""
+REPAIR_VIEW_AGE_S = 30.0
+RETRY_VIEW_AGE_S = 0.5
+"""A session that stands still because a hop died does not wait for the directory, of which that
+hop may be a part; only when what was known is of no use."""
 
-MAX_TRIES = 8
+PENALTY_S = 10.0
+MAX_PENALTY_S = 300.0
+PENALTY_HALF_LIFE_S = 15.0
+LEAST_PENALTY_S = 0.001
+"""What a failure adds to the time of a step through that peer, and how that fades: it is the last
+choice at first, and like others again after some minutes, when its announcement is long renewed or
+gone."""
+
 PING_DEADLINE_S = 2.0
 MAX_PENALISED = 4096
 
@@ -39,13 +54,16 @@ class Router:
     Args:
         network: the way to the servers.
         directory: where they announce themselves.
+        config: how sessions are to be run.
     """
 
-    def __init__(self, network: Network, directory: Directory) -> None:
+    def __init__(self, network: Network, directory: Directory, config: RouteConfig) -> None:
         self._network = network
         self._directory = directory
+        self._config = config
+        self._histories = HistoryStore(limit_bytes=config.history_bytes)
         self._views: dict[bytes, tuple[float, SwarmView]] = {}
-        self._left_out_until: dict[str, float] = {}
+        self._penalties: dict[str, tuple[float, float]] = {}
 
     async def read_view(self, model: ModelIdentity, *, max_age_s: float = VIEW_AGE_S) -> SwarmView:
         """The swarm view of a model, at most so old."""
@@ -53,6 +71,8 @@ class Router:
         if known is not None and trio.current_time() - known[0] <= max_age_s:
             return known[1]
         records = await self._directory.lookup(directory_key(model.fingerprint))
+        if not records and known is not None and trio.current_time() - known[0] <= TTL_S:
+            return known[1]  # more likely this peer is cut off than all servers are gone
         servers = []
         for record in records:
             try:
@@ -72,8 +92,24 @@ class Router:
         self._views[model.fingerprint] = (trio.current_time(), view)
         return view
 
+    def known_view(self, model: ModelIdentity) -> SwarmView | None:
+        """The view that was read last."""
+        known = self._views.get(model.fingerprint)
+        return None if known is None else known[1]
+
+    def round_trip_s(self, peer: str) -> float:
+        """The round trip to a peer, or what one usually is."""
+        measured = self._network.round_trip_s(peer)
+        return UNKNOWN_ROUND_TRIP_S if measured is None else measured
+
     async def open_session(
-        self, model: ModelIdentity, *, max_tokens: int, nursery: trio.Nursery
+        self,
+        model: ModelIdentity,
+        *,
+        max_tokens: int,
+        nursery: trio.Nursery,
+        max_wait_s: float = 0.0,
+        on_news: News = lambda news: None,
     ) -> ChainSession:
         """Opens a session through the best chain; a peer that refuses or fails is routed around.
 
@@ -81,41 +117,69 @@ class Router:
             model: whose blocks to cover.
             max_tokens: room that every hop must promise.
             nursery: holds the session's task.
+            max_wait_s: how long to wait where nobody can run some blocks, now and later.
+            on_news: told of what happens to the chain; must not block.
 
         Raises:
             MissingBlocks: no chain covers the model.
             HopFailed: several chains were tried, and each failed.
         """
-        failure: HopFailed | None = None
-        for attempt in range(MAX_TRIES):
-            view = await self.read_view(model, max_age_s=0.0 if attempt else VIEW_AGE_S)
-            try:
-                chain = choose_chain(
-                    view, needed_tokens=max_tokens, penalties_s=self._penalties_s()
-                )
-            except MissingBlocks as error:
-                if failure is not None:
-                    raise MissingBlocks(f"{error}; {failure}", ranges=error.ranges) from failure
-                if attempt == 0:  # the view may be older than the server that is needed
-                    self._views.pop(model.fingerprint, None)
-                    continue
+        chooser = _ModelChooser(self, model)
+        session = ChainSession(
+            self._network,
+            model=ChainModel(
+                fingerprint=model.fingerprint,
+                num_blocks=model.config.num_blocks,
+                hidden_size=model.config.hidden_size,
+            ),
+            chooser=chooser,
+            histories=self._histories,
+            max_tokens=max_tokens,
+            codec=self._config.codec,
+            max_wait_s=max_wait_s,
+            prefers_hand_over=chooser.prefers_hand_over,
+            on_news=on_news,
+        )
+        error = await nursery.start(session.run)
+        if error is not None:
+            raise error
+        return session
+
+    async def choose(self, model: ModelIdentity, need: NeedChain) -> tuple[Hop, ...]:
+        """Servers for some blocks, by the newest view if an older one does not do.
+
+        Raises:
+            MissingBlocks: nobody can run some of them now.
+        """
+        known = self._views.get(model.fingerprint)
+        is_repair = need.before is not None or need.after is not None
+        max_age_s = RETRY_VIEW_AGE_S if need.is_retry else REPAIR_VIEW_AGE_S
+        view = await self.read_view(model, max_age_s=max_age_s if is_repair else VIEW_AGE_S)
+        try:
+            return self._choose_in(view, need)
+        except MissingBlocks:
+            if known is None or known[1] is not view:
                 raise
-            session = ChainSession(
-                self._network, model=model.fingerprint, chain=chain, max_tokens=max_tokens
-            )
-            failure = await nursery.start(session.run)
-            if failure is None:
-                return session
-            log.info("chain not opened", reason=str(failure))
-            self.penalise(failure.peer)
-        assert failure is not None
-        raise failure
+            return self._choose_in(await self.read_view(model, max_age_s=0.0), need)
+
+    def _choose_in(self, view: SwarmView, need: NeedChain) -> tuple[Hop, ...]:
+        return choose_chain(
+            view,
+            needed_tokens=need.tokens,
+            start=need.start,
+            end=need.end,
+            before=need.before,
+            after=need.after,
+            penalties_s=self.penalties_s(),
+            excluded=need.excluded,
+        )
 
     def penalise(self, peer: str) -> None:
-        """Leaves a peer that failed out of chains for a while."""
-        if len(self._left_out_until) >= MAX_PENALISED:
-            self._left_out_until.clear()
-        self._left_out_until[peer] = trio.current_time() + PENALTY_S
+        """Makes chains through a peer that failed look longer, for a while."""
+        if len(self._penalties) >= MAX_PENALISED:
+            self._penalties.clear()
+        now = trio.current_time()
+        self._penalties[peer] = (min(self._penalty_s(peer, now) + PENALTY_S, MAX_PENALTY_S), now)
 
     async def measure_round_trips(self, model: ModelIdentity) -> None:
         """Pings the servers of a model, all at once, for the next views."""
@@ -132,9 +196,70 @@ class Router:
                     nursery.start_soon(ping, server.peer)
         self._views.pop(model.fingerprint, None)
 
-    def _penalties_s(self) -> dict[str, float]:
+    def _penalty_s(self, peer: str, now: float) -> float:
+        seconds, since = self._penalties.get(peer, (0.0, now))
+        return float(seconds * 0.5 ** ((now - since) / PENALTY_HALF_LIFE_S))
+
+    def penalties_s(self) -> dict[str, float]:
+        """What peers that failed lately add to the time of a step."""
         now = trio.current_time()
-        self._left_out_until = {
-            peer: until for peer, until in self._left_out_until.items() if until > now
-        }
-        return dict.fromkeys(self._left_out_until, float("inf"))
+        found = {peer: self._penalty_s(peer, now) for peer in self._penalties}
+        for peer, seconds in found.items():
+            if seconds < LEAST_PENALTY_S:
+                del self._penalties[peer]
+        return found
+
+
+class _ModelChooser:
+    """A `petald.chain_client.Chooser` for one model."""
+
+    def __init__(self, router: Router, model: ModelIdentity) -> None:
+        self._router = router
+        self._model = model
+
+    async def choose(self, need: NeedChain) -> Sequence[Hop]:
+        return await self._router.choose(self._model, need)
+
+    async def find_better(
+        self, chain: Sequence[Hop], *, tokens: int, remaining_steps: int
+    ) -> Sequence[Hop] | None:
+        view = await self._router.read_view(self._model, max_age_s=REPAIR_VIEW_AGE_S)
+        penalties_s = self._router.penalties_s()
+        try:
+            better = choose_chain(view, needed_tokens=tokens, penalties_s=penalties_s)
+        except MissingBlocks:
+            return None
+        costs = [self._cost(view, hop, hop) for hop in better if hop not in chain]
+        pays = should_move(
+            current_s=chain_cost_s(view, chain, penalties_s=penalties_s),
+            better_s=chain_cost_s(view, better, penalties_s=penalties_s),
+            remaining_steps=remaining_steps,
+            rebuild_s=sum(cost.replay_s(tokens) for cost in costs),
+        )
+        return better if pays else None
+
+    def prefers_hand_over(self, old: Hop, new: Hop, tokens: int) -> bool:
+        view = self._router.known_view(self._model)
+        if view is None:
+            return False
+        cost = self._cost(view, old, new)
+        return cost.hand_over_s(tokens) < cost.replay_s(tokens)
+
+    def _cost(self, view: SwarmView, old: Hop, new: Hop) -> RebuildCost:
+        config = self._model.config
+        server = next((each for each in view.servers if each.peer == new.peer), None)
+        blocks = new.end - new.start
+        step_s = 0.0
+        if server is not None:
+            step_s = server.announcement.step_ms / 1e3 * blocks / (server.end - server.start)
+        trips = [self._router.round_trip_s(hop.peer) for hop in (old, new)]
+        return RebuildCost(
+            step_s=step_s,
+            row_bytes=4 * config.hidden_size,
+            cache_bytes=2 * 4 * config.kv_size * blocks,
+            client_round_trip_s=trips[1],
+            round_trip_s=max(trips),  # of two near ones it is short; else it is not known
+        )
+
+    def penalise(self, peer: str) -> None:
+        self._router.penalise(peer)

@@ -1,28 +1,56 @@
-"""The choice of a chain: which peers a session crosses.
+"""The choice of a chain: which peers a session crosses, and when to leave one for another.
 
-Pure: a function of the swarm view and of the penalties that this peer keeps. The chain chosen is
-the one of least expected time per decode step, which is, for each hop, the way there and the time
-in its kernels. The way between two servers is not known to a client; it is taken to be half the
-mean of their round trips from here, since a message pushed from one to the next goes one way only.
+Pure: functions of the swarm view and of the penalties that this peer keeps. The chain chosen is the
+one of least expected time per decode step, which is the ways between its hops, and in each hop the
+wait for the device and the time in its kernels. A way that neither of two servers measured is taken
+for the longest that it can be: through the client. (Anything less would make a detour over a near
+server seem to shorten the way to a far one.)
 
-How it works: for every block number in order, it is known at what cost the blocks before it can be
-done, and at which server such a way ends. A way is led on by any other server that holds the next
-block, for as many blocks as it holds. What a server adds does not depend on the one before it but
-by the way between them, so of all ways to a border only the best two, by different servers, matter.
+How it works: border after border, it is known for every server at what cost the blocks before the
+border can be done so that this server does the last of them (`_Search.done_s`). A server that holds
+the next block is entered from whichever other server makes that cheapest, if this beats going on in
+it from an earlier border; then every server that holds the block adds its time for one block. What
+makes a border quick is that an estimated way is a sum of one part for each of its ends: one server
+is the cheapest to leave for all, except for itself and for those whose way from it is known. These
+few look at the next cheapest, and so on. A known way shorter than its estimate can beat that; it
+is looked at only where the server's cost is low enough for the greatest such gain that it has.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from petald.errors import MissingBlocks
-from petald.swarm import Server, SwarmView, format_ranges, missing_ranges
+from petald.swarm import (
+    Booleans,
+    Columns,
+    Floats,
+    Integers,
+    SwarmView,
+    format_ranges,
+    missing_ranges,
+)
 
 UNKNOWN_ROUND_TRIP_S = 0.05
 """For a peer that was never measured: a common distance between two homes of one continent.
 It ranks the unknown between near and far, so that neither is a reason to avoid it."""
+
+MOVE_RATIO = 0.7
+"""A move must promise steps this much shorter. Measured times of one chain differ by some tens of
+percent from minute to minute; a lesser gain is as likely noise, and two sessions would swap places
+for ever."""
+
+MOVE_GAIN = 2.0
+"""What a move saves must be this many times what it costs. The gain is a forecast and the session
+may end early, while the cost of rebuilding the caches is sure, and others pay it too."""
+
+FEW = 3
+"""So many servers are looked at one by one, rather than all at once once more; that takes the same
+time. A matter of speed alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,112 +63,296 @@ class Hop:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """The best known way to have done the blocks before some border, ending at one server."""
-
-    cost_s: float
-    server: Server
-    start: int
-    before: _Way | None
-
-
 def choose_chain(
-    view: SwarmView, *, needed_tokens: int, penalties_s: Mapping[str, float] | None = None
+    view: SwarmView,
+    *,
+    needed_tokens: int,
+    start: int = 0,
+    end: int | None = None,
+    before: str | None = None,
+    after: str | None = None,
+    penalties_s: Mapping[str, float] | None = None,
+    excluded: Collection[str] = frozenset(),
 ) -> tuple[Hop, ...]:
-    """The chain of least expected time per decode step.
+    """The chain of least expected time per decode step; of equals, the same one everywhere.
 
     Args:
         view: the swarm view.
         needed_tokens: room in the KV cache that every hop must have.
-        penalties_s: seconds added for a peer that failed lately; infinity excludes it.
+        start: the first block to cover.
+        end: the block after the last one; the model's end by default.
+        before: the peer that hands the first hop its input; the client by default.
+        after: the peer that the last hop hands its output; the client by default.
+        penalties_s: seconds added for each hop of a peer that failed lately; infinity excludes it.
+        excluded: peers that are not to be used.
 
     Raises:
-        MissingBlocks: no chain covers the model; names the blocks that nobody usable holds.
+        MissingBlocks: no chain covers the blocks; names those that nobody usable holds.
+        ValueError: there are no such blocks in the model.
     """
-    penalties = penalties_s or {}
-    usable = [
-        server
-        for server in view.servers
-        if server.is_serving
-        and server.announcement.free_cache_tokens >= needed_tokens
-        and penalties.get(server.peer, 0.0) != float("inf")
-    ]
-    usable.sort(key=lambda server: server.peer)  # ties fall the same way everywhere
-    ways: list[dict[str, _Way]] = [{} for _ in range(view.num_blocks + 1)]
-    for border in range(view.num_blocks):
-        best = heapq.nsmallest(2, ways[border].values(), key=_cost_to_leave_s)
-        for server in usable:
-            if server.start <= border < server.end:
-                penalty_s = penalties.get(server.peer, 0.0)
-                arrived = _arrive(server, border, best, penalty_s)
-                if arrived is not None:
-                    _lead_on(arrived, ways)
-    finished = ways[view.num_blocks].values()
-    if not finished:
-        raise _missing(view, usable, needed_tokens)
-    best_way = min(finished, key=lambda way: way.cost_s + _one_way_s(way.server))
-    return _unwind(best_way, view.num_blocks)
+    end = view.num_blocks if end is None else end
+    if not 0 <= start < end <= view.num_blocks:
+        raise ValueError(f"blocks {start}:{end} are no part of a model of {view.num_blocks} blocks")
+    columns = view.columns
+    hop_s = columns.queue_s + _penalties_s(columns, penalties_s or {})
+    is_usable = (columns.free_cache_tokens >= max(needed_tokens, 0)) & (hop_s < np.inf)
+    is_usable[[columns.position[peer] for peer in excluded if peer in columns.position]] = False
+    ranges = _uncovered(columns, is_usable, start, end)
+    if ranges:
+        raise _missing(view, ranges, start, end, needed_tokens)
+    search = _Search(columns, is_usable, hop_s)
+    search.run(start, end, _ends_s(columns, before, is_back=False))
+    return search.chain_to(end, _ends_s(columns, after, is_back=True))
 
 
-def _cost_to_leave_s(way: _Way) -> float:
-    return way.cost_s + _one_way_s(way.server) / 2
+def chain_cost_s(
+    view: SwarmView,
+    hops: Sequence[Hop],
+    *,
+    before: str | None = None,
+    after: str | None = None,
+    penalties_s: Mapping[str, float] | None = None,
+) -> float:
+    """The expected time per decode step of a chain, as `choose_chain` reckons.
+
+    Returns:
+        Infinity if the view lacks a hop's peer, or its span does not hold the hop's blocks.
+    """
+    columns, penalties = view.columns, penalties_s or {}
+    total_s = 0.0
+    for hop in hops:
+        position = columns.position.get(hop.peer)
+        if position is None or not (
+            columns.start[position] <= hop.start < hop.end <= columns.end[position]
+        ):
+            return float("inf")
+        compute_s = float(columns.block_s[position]) * (hop.end - hop.start)
+        total_s += float(columns.queue_s[position]) + penalties.get(hop.peer, 0.0) + compute_s
+    path = [before, *(hop.peer for hop in hops), after]
+    return total_s + sum(_way_s(columns, *pair) for pair in itertools.pairwise(path))
 
 
-def _arrive(server: Server, border: int, best: list[_Way], penalty_s: float) -> _Way | None:
-    """The best way to bring a step to a server at a border."""
-    if border == 0:
-        return _Way(_one_way_s(server) + penalty_s, server, 0, None)
-    before = next((way for way in best if way.server.peer != server.peer), None)
-    if before is None:
-        return None
-    cost_s = _cost_to_leave_s(before) + _one_way_s(server) / 2 + penalty_s
-    return _Way(cost_s, server, border, before)
+def should_move(
+    *, current_s: float, better_s: float, remaining_steps: float, rebuild_s: float
+) -> bool:
+    """Whether a session should leave its chain for a better one.
+
+    Args:
+        current_s: time per step now.
+        better_s: expected time per step on the other chain.
+        remaining_steps: that the session is expected to take still.
+        rebuild_s: time to bring the other chain's caches to where the session is.
+    """
+    saved_s = (current_s - better_s) * remaining_steps
+    return better_s < MOVE_RATIO * current_s and saved_s > MOVE_GAIN * rebuild_s
 
 
-def _lead_on(arrived: _Way, ways: list[dict[str, _Way]]) -> None:
-    """Notes what is reached when a server does one block, two, and so on to its span's end."""
-    server = arrived.server
-    for end in range(arrived.start + 1, server.end + 1):
-        cost_s = arrived.cost_s + _compute_s(server, end - arrived.start)
-        known = ways[end].get(server.peer)
-        if known is None or cost_s < known.cost_s:
-            ways[end][server.peer] = replace(arrived, cost_s=cost_s)
+class _Search:
+    """One run over the borders. What follows are N server's values, by its position.
+
+    Attributes:
+        done_s: (N,) least cost of the blocks before the border when this server did the last one;
+            infinite if it cannot have.
+        entered: for each border, which servers are better entered there than before, and from
+            which one each (-1: from what comes before the chain).
+    """
+
+    def __init__(self, columns: Columns, is_usable: Booleans, hop_s: Floats) -> None:
+        self.columns = columns
+        self.ways = columns.ways
+        self.half_s = _client_ways_s(columns)  # a server's part in its estimated ways
+        self.gain_s = _greatest_gains_s(columns, self.half_s)
+        self.start = columns.start
+        self.end = np.where(is_usable, columns.end, np.int16(-1))
+        self.hop_s = np.where(is_usable, hop_s, 0.0)  # an infinite penalty is not to be added up
+        self.done_s = np.full(len(columns.servers), np.inf)
+        self.marks = np.zeros(len(columns.servers), np.bool_)
+        self.entered: dict[int, tuple[Integers, Integers]] = {}
+
+    def run(self, start: int, end: int, way_in_s: Floats) -> None:
+        """Does all blocks, in order."""
+        for border in range(start, end):
+            can_do = (self.start <= border) & (self.end > border)
+            if border == start:
+                enter_s, source = way_in_s, np.full(len(can_do), -1)
+            else:
+                enter_s, source = self._enter(can_do)
+            total_s = enter_s + self.hop_s
+            entered = np.flatnonzero(can_do & (total_s < self.done_s))
+            self.done_s[entered] = total_s[entered]
+            self.entered[border] = entered, source[entered]
+            self.done_s = np.where(can_do, self.done_s + self.columns.block_s, np.inf)
+
+    def _enter(self, can_do: Booleans) -> tuple[Floats, Integers]:
+        """What it costs to have reached each server, and from which one."""
+        leave_s = self.done_s + self.half_s
+        cheapest = int(leave_s.argmin())
+        least_s = leave_s[cheapest]
+        # What cannot do the block is as if reached for less than nothing: no way improves it.
+        enter_s = np.where(can_do, least_s + self.half_s, -np.inf)
+        source = np.full(len(can_do), cheapest)
+        barred = self._barred(cheapest)
+        barred = barred[can_do[barred]]
+        while len(barred) > FEW:
+            leave_s[cheapest] = np.inf
+            cheapest = int(leave_s.argmin())
+            least_s = leave_s[cheapest]
+            enter_s[barred] = least_s + self.half_s[barred]
+            source[barred] = cheapest
+            if least_s == np.inf:
+                break
+            still = self._barred(cheapest)
+            self.marks[still] = True
+            barred = barred[self.marks[barred]]
+            self.marks[still] = False
+        else:
+            for server in barred:
+                enter_s[server], source[server] = self._enter_one(int(server), leave_s)
+        self._enter_by_known_ways(float(least_s), enter_s, source)
+        return enter_s, source
+
+    def _barred(self, server: int) -> Integers:
+        """Those that cannot be reached from a server by an estimated way."""
+        return np.append(self.ways.to[self.ways.of(server)], server)
+
+    def _enter_one(self, server: int, leave_s: Floats) -> tuple[float, int]:
+        """The cheapest way to one server, looking at each other one."""
+        pairs = self.ways.of(server)
+        near = self.ways.to[pairs]
+        reach_s = leave_s + self.half_s[server]
+        reach_s[near] = self.done_s[near] + self.ways.way_back_s[pairs]
+        reach_s[server] = np.inf
+        source = int(reach_s.argmin())
+        return float(reach_s[source]), source
+
+    def _enter_by_known_ways(self, least_s: float, enter_s: Floats, source: Integers) -> None:
+        """Lowers in place what is cheaper to reach by a known way.
+
+        Args:
+            least_s: no server that is reached by an estimated way is reached from one that is more
+                costly to leave than this.
+            enter_s: (N,) what was found so far.
+            source: (N,) from where.
+        """
+        leavers = np.flatnonzero(self.done_s < least_s + self.gain_s)
+        first = self.ways.first[leavers]
+        counts = self.ways.first[leavers + 1] - first
+        # The pairs of all leavers, one after the other.
+        skipped = np.cumsum(counts) - counts
+        pairs = np.arange(int(counts.sum())) + np.repeat(first - skipped, counts)
+        to = self.ways.to[pairs]
+        reach_s = np.repeat(self.done_s[leavers], counts) + self.ways.way_s[pairs]
+        better = np.flatnonzero(reach_s < enter_s[to])
+        to, reach_s = to[better], reach_s[better]
+        order = np.lexsort((reach_s, to))  # stable: of equals, the first leaver
+        to, reach_s, better = to[order], reach_s[order], better[order]
+        is_best = np.ones(len(to), np.bool_)
+        is_best[1:] = to[1:] != to[:-1]
+        enter_s[to[is_best]] = reach_s[is_best]
+        source[to[is_best]] = np.repeat(leavers, counts)[better[is_best]]
+
+    def chain_to(self, end: int, way_out_s: Floats) -> tuple[Hop, ...]:
+        """The best chain that ends at the border that `run` came to."""
+        hops: list[Hop] = []
+        at = int((self.done_s + way_out_s).argmin())
+        while at >= 0:
+            start, source = self._entrance(at, end)
+            server = self.columns.servers[at]
+            addresses = server.announcement.addresses
+            hops.append(Hop(peer=server.peer, addresses=addresses, start=start, end=end))
+            at, end = source, start
+        return tuple(reversed(hops))
+
+    def _entrance(self, server: int, end: int) -> tuple[int, int]:
+        """At which border, and from where, a server that did the blocks to `end` was entered."""
+        while True:
+            end -= 1
+            entered, source = self.entered[end]
+            at = int(np.searchsorted(entered, server))
+            if at < len(entered) and entered[at] == server:
+                return end, int(source[at])
 
 
-def _one_way_s(server: Server) -> float:
-    measured = server.round_trip_s
-    return (UNKNOWN_ROUND_TRIP_S if measured is None else measured) / 2
+def _client_ways_s(columns: Columns) -> Floats:
+    """(N,) one way between the client and each server."""
+    trips_s = columns.round_trip_s
+    return np.where(np.isnan(trips_s), UNKNOWN_ROUND_TRIP_S, trips_s) / 2
 
 
-def _compute_s(server: Server, blocks: int) -> float:
-    return server.announcement.step_ms / 1e3 * blocks / (server.end - server.start)
+def _client_way_s(columns: Columns, peer: str) -> float:
+    position = columns.position.get(peer)
+    trip_s = None if position is None else columns.servers[position].round_trip_s
+    return (UNKNOWN_ROUND_TRIP_S if trip_s is None else trip_s) / 2
 
 
-def _unwind(way: _Way, end: int) -> tuple[Hop, ...]:
-    hops: list[Hop] = []
-    at: _Way | None = way
-    while at is not None:
-        hops.append(
-            Hop(
-                peer=at.server.peer,
-                addresses=at.server.announcement.addresses,
-                start=at.start,
-                end=end,
-            )
-        )
-        end = at.start
-        at = at.before
-    return tuple(reversed(hops))
+def _greatest_gains_s(columns: Columns, half_s: Floats) -> Floats:
+    """(N,) by how much at most a known way from a server beats the other's part of an estimate.
+
+    Very low for a server from which no way is known; finite, so that infinity can be added.
+    """
+    gains_s = np.full(len(columns.servers), -1e30)
+    first = columns.ways.first
+    has_ways = np.flatnonzero(first[1:] > first[:-1])
+    if len(has_ways):
+        by_pair_s = half_s[columns.ways.to] - columns.ways.way_s
+        gains_s[has_ways] = np.maximum.reduceat(by_pair_s, first[has_ways])
+    return gains_s
 
 
-def _missing(view: SwarmView, usable: list[Server], needed_tokens: int) -> MissingBlocks:
-    counts = [0] * view.num_blocks
-    for server in usable:
-        for block in range(server.start, server.end):
-            counts[block] += 1
-    ranges = missing_ranges(counts)
+def _ends_s(columns: Columns, peer: str | None, *, is_back: bool) -> Floats:
+    """(N,) one way to each server from a peer, or back from each to it; none is the client."""
+    ways_s = _client_ways_s(columns)
+    if peer is None:
+        return ways_s
+    ways_s = ways_s + _client_way_s(columns, peer)
+    position = columns.position.get(peer)
+    if position is not None:
+        ways, pairs = columns.ways, columns.ways.of(position)
+        ways_s[ways.to[pairs]] = (ways.way_back_s if is_back else ways.way_s)[pairs]
+        ways_s[position] = 0.0
+    return ways_s
+
+
+def _way_s(columns: Columns, before: str | None, after: str | None) -> float:
+    """One way from a peer to another; none is the client."""
+    if before == after:
+        return 0.0
+    if before is None or after is None:
+        return _client_way_s(columns, before or after or "")
+    left, reached = columns.position.get(before), columns.position.get(after)
+    if left is not None and reached is not None:
+        pairs = columns.ways.of(left)
+        at = pairs.start + int(np.searchsorted(columns.ways.to[pairs], reached))
+        if at < pairs.stop and columns.ways.to[at] == reached:
+            return float(columns.ways.way_s[at])
+    return _client_way_s(columns, before) + _client_way_s(columns, after)
+
+
+def _penalties_s(columns: Columns, penalties_s: Mapping[str, float]) -> Floats:
+    values = np.zeros(len(columns.servers))
+    for peer, penalty_s in penalties_s.items():
+        position = columns.position.get(peer)
+        if position is not None:
+            values[position] = penalty_s
+    return values
+
+
+def _uncovered(
+    columns: Columns, is_usable: Booleans, start: int, end: int
+) -> list[tuple[int, int]]:
+    """The ranges within [start, end) that none of these servers holds."""
+    size = end - start + 1
+    begins = np.bincount((columns.start[is_usable].clip(start, end) - start), minlength=size)
+    ends = np.bincount((columns.end[is_usable].clip(start, end) - start), minlength=size)
+    counts = np.cumsum(begins - ends)[:-1].tolist()
+    return [(start + first, start + last) for first, last in missing_ranges(counts)]
+
+
+def _missing(
+    view: SwarmView, ranges: list[tuple[int, int]], start: int, end: int, needed_tokens: int
+) -> MissingBlocks:
     text = f"no server that can be used now holds blocks {format_ranges(ranges)}"
-    if missing_ranges(view.coverage()) != ranges:
+    is_serving = view.columns.free_cache_tokens >= 0
+    if _uncovered(view.columns, is_serving, start, end) != ranges:
         text += f" (some hold them, but failed just now or have no room for {needed_tokens} tokens)"
     return MissingBlocks(text + "; `petalctl swarm` shows who holds what", ranges=tuple(ranges))

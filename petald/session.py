@@ -1,88 +1,1044 @@
-"""The state of a session at one hop, and what it does with each step that arrives.
+"""A session from the client's side, as a state machine: what is sent, and how a hop is replaced.
 
-Pure: it decides; `petald.server` moves the bytes and runs the kernels. Steps carry numbers and are
-idempotent: a repeated step is answered from the kept output, a stale one is passed over. The first
-step may have any number, since a hop may join a session late, as the replacement of another.
-Invariant: `length` tokens are cached, by steps that were all done.
+Pure: events go in with the time, actions come out; `petald.chain_client` carries them out. The
+opening of a session is the recovery of all its blocks with nothing cached.
+
+How recovery works. For every border between two hops the session keeps the rows that crossed it,
+as the next hop decoded them (its *history*). When a hop is lost the session stands still. What
+every border has seen is *committed*: those rows alone count, whatever else was under way. New hops
+are opened for the lost blocks, the committed rows of the border before them are replayed to them,
+they are linked with their neighbours, and the steps beyond the committed rows are sent again from
+the first hop, under new numbers: each hop cuts its cache back to the position that they begin at.
+Steps and outputs under old numbers are passed over, wherever they still wander.
+
+Invariant: while steps flow, the hops cover all blocks in order and are linked; each hop has cached
+at least the committed rows, and exactly those that the histories hold.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
-from petald.errors import BadRequest
+from p2p.wire.session_messages import HopTime, Wanted
+from p2p.wire.tensor import WireTensor
+from petald.errors import BadRequest, HopFailed, MissingBlocks, PetaldError
+from petald.routing import Hop
+from petald.session_actions import (
+    Action,
+    CloseHop,
+    Ended,
+    History,
+    Moved,
+    NeedChain,
+    OpenHop,
+    Penalise,
+    SendHandOver,
+    SendLinkNext,
+    SendLinkPrevious,
+    SendProbe,
+    SendStep,
+    StepDone,
+    StepLost,
+    StepResultRows,
+    Waiting,
+)
+from petald.session_build import Build, Stage
+from petald.session_hop import (
+    LONGEST_ALLOWANCE_S,
+    PROBE_S,
+    STUCK_S,
+    HopRecord,
+    HopState,
+    ProbeState,
+    Request,
+    RequestKind,
+)
+
+OPEN_S = 5.0
+"""For opening a hop: a dial, two handshakes and one round trip over a slow home link."""
+
+LINK_S = 5.0
+"""For one hop's dial to the next, and for the answer."""
+
+HAND_OVER_S = 60.0
+"""For a cache on its way from hop to hop; meanwhile the old one serves."""
+
+MAX_IN_FLIGHT = 8
+"""Steps of one route under way: more than most chains have hops, so that none waits idle. A
+server takes twice as many before it stops reading."""
+
+REPLAY_TOKENS = 128
+"""As for prefill: hops overlap, and products of matrices are bound by arithmetic."""
+
+SWITCH_TOKENS = 64
+"""A build beside running hops takes over when so few tokens are left to replay: less than the
+session decodes while they are."""
+
+RETRY_S = 0.5
+"""Between two choices where nobody can run some blocks."""
+
+AVOID_S = 0.5
+LONGEST_AVOID_S = 30.0
+"""How long a peer that failed this session is out of question; doubled each time."""
+
+MAX_ATTEMPTS = 8
+"""Choices that come to nothing before a session is given up whose user does not want to wait."""
+
+MAX_UNCOPIED = 256
+"""Steps whose copies have not all come, before the hop that keeps them back is given up."""
+
+LAG_S = 1.0
+"""A timer that comes so late tells of a pause of this process, not of the hops' silence."""
+
+CODE_NO_ANSWER = "no_answer"
+CODE_NEXT_HOP_LOST = "next_hop_lost"
+CODE_MISBEHAVED = "remote_protocol_error"
+CODE_OPENED = "opened"
+CODE_LEAVING = "leaving"
+CODE_BETTER = "better"
+
+FAULTS = frozenset(
+    {
+        CODE_NO_ANSWER,
+        CODE_NEXT_HOP_LOST,
+        CODE_MISBEHAVED,
+        "message_too_large",
+        "stream_broken",
+        "peer_unreachable",
+    }
+)
+"""Failures that are held against a peer. A refusal is not, nor is our error that it found."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunStep:
-    """Cut the cache back to a position, then run the step."""
+@dataclass(eq=False, slots=True)
+class _Pending:
+    """A step that was submitted and is not done; without a number it is not under way."""
 
-    truncate_to: int
-
-
-@dataclass(frozen=True, slots=True)
-class RepeatOutput:
-    """The step was done before, and was the last one: send its output again."""
+    position: int
+    tokens: int
+    wanted: str
+    number: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PassOver:
-    """The step is older than the last one done; whoever sent it has its answer already."""
+@dataclass(eq=False, slots=True)
+class _Sent:
+    """A step under way through some hops."""
+
+    number: int
+    position: int
+    tokens: int
+    wanted: str
+    ticket: int | None
+    build: Build | None
+    route: tuple[HopRecord, ...]
+    reached: int
+    reached_at: float
+    silent: set[int]
+    is_done: bool = False
 
 
-Decision = RunStep | RepeatOutput | PassOver
+@dataclass(slots=True)
+class Counts:
+    """What a session has gone through."""
+
+    moves: int = 0
+    replayed_tokens: int = 0
+    handed_over_tokens: int = 0
+    probes: int = 0
+    relinks: int = 0
 
 
-class HopSession:
-    """One session at one hop.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionSettings:
+    """What a session is made with.
 
-    Args:
-        max_tokens: promised room in the KV cache.
-        max_step_tokens: the longest step that this server takes.
+    Attributes:
+        num_blocks: of the model.
+        max_tokens: the most that will be cached.
+        max_wait_s: how long to wait where nobody can run some blocks.
+        make_history: a new, empty history.
+        prefers_hand_over: whether a cache of so many tokens comes sooner from the hop that leaves
+            to its replacement than by replay.
     """
 
-    def __init__(self, *, max_tokens: int, max_step_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.max_step_tokens = max_step_tokens
-        self.length = 0
-        self._last_number: int | None = None
+    num_blocks: int
+    max_tokens: int
+    make_history: Callable[[], History]
+    max_wait_s: float = 0.0
+    prefers_hand_over: Callable[[Hop, Hop, int], bool] = field(
+        default=lambda old, new, tokens: False
+    )
 
-    def on_step(self, *, number: int, position: int, tokens: int) -> Decision:
-        """Decides what becomes of a step.
 
-        Args:
-            number: the step's.
-            position: of its first token.
-            tokens: how many rows it has.
+class Session:
+    """One session; see the module's account."""
+
+    def __init__(self, settings: SessionSettings) -> None:
+        self._settings = settings
+        self._end_block = settings.num_blocks
+        self._chain: list[HopRecord] = []
+        self._builds: list[Build] = []
+        self._records: dict[int, HopRecord] = {}
+        self._histories: dict[int, History] = {0: settings.make_history()}
+        self._done_rows = 0
+        self._pending: dict[int, _Pending] = {}
+        self._sent: dict[int, _Sent] = {}
+        self._in_flight = 0
+        self._redo_at = 0
+        self._is_running = False
+        self._has_ended = False
+        self._halted_at = 0.0
+        self._last_number = 0
+        self._last_id = 0
+        self._avoid: dict[str, tuple[float, int]] = {}
+        self._actions: list[Action] = []
+        self._late: list[HopRecord] = []
+        self.max_step_tokens = 0
+        self.counts = Counts()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether steps flow."""
+        return self._is_running
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is lost or closed."""
+        return self._has_ended
+
+    @property
+    def chain(self) -> tuple[Hop, ...]:
+        """The hops that are in their place, in order."""
+        return tuple(hop.at for hop in self._chain)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether some blocks are on their way to other servers."""
+        return bool(self._builds)
+
+    @property
+    def submitted_rows(self) -> int:
+        """How many tokens were submitted, and not taken back."""
+        return self._histories[0].rows
+
+    # What the app wants.
+
+    def start(self, now: float) -> list[Action]:
+        """Begins to open the session."""
+        self._halted_at = now
+        self._add_build(0, self._end_block, code=CODE_OPENED, now=now, is_urgent=True)
+        return self._take(now)
+
+    def submit(
+        self, position: int, hidden: WireTensor, wanted: str, now: float
+    ) -> tuple[int, list[Action]]:
+        """Takes a step; gives its ticket. It is done, or lost, later.
 
         Raises:
-            BadRequest: the step does not fit what is cached, or what was promised.
+            BadRequest: it begins beyond the step before it, or ends beyond what was promised.
         """
-        last = self._last_number
-        if last is not None and number <= last:
-            return RepeatOutput() if number == last else PassOver()
-        if last is not None and number != last + 1:
-            raise BadRequest(f"step {number} came after step {last}; expected {last + 1}")
-        if not 1 <= tokens <= self.max_step_tokens:
-            raise BadRequest(
-                f"a step of {tokens} tokens came; this server takes 1 to {self.max_step_tokens}"
-            )
-        if position > self.length:
-            raise BadRequest(
-                f"a step at position {position} came, but only {self.length} tokens are cached"
-            )
-        if position + tokens > self.max_tokens:
+        rows = self._histories[0].rows
+        tokens = hidden.shape[0]
+        if not 0 <= position <= rows:
+            raise BadRequest(f"a step at {position} does not follow the {rows} tokens before it")
+        if position + tokens > self._settings.max_tokens:
             raise BadRequest(
                 f"a step up to position {position + tokens} came; "
-                f"the session was opened for {self.max_tokens} tokens"
+                f"the session was opened for {self._settings.max_tokens} tokens"
             )
-        return RunStep(truncate_to=position)
+        if position < rows:
+            self._rewind(position)
+        self._histories[0].append(hidden)
+        ticket = self._new_id()
+        self._pending[ticket] = _Pending(position, tokens, wanted)
+        return ticket, self._take(now)
 
-    def on_done(self, *, number: int, position: int, tokens: int) -> None:
-        """A step that `on_step` let through has run, and its tokens are cached."""
-        self._last_number = number
-        self.length = position + tokens
+    def cancel(self, ticket: int, now: float) -> list[Action]:
+        """Takes a step back, and those after it."""
+        pending = self._pending.pop(ticket, None)
+        if pending is not None:
+            self._rewind(pending.position)
+        return self._take(now)
 
-    def on_truncated(self, length: int) -> None:
-        """The cache was cut back, for a step that then failed."""
-        self.length = min(self.length, length)
+    def close(self) -> list[Action]:
+        """Ends the session."""
+        if not self._has_ended:
+            self._finish()
+        actions, self._actions = self._actions, []
+        return actions
+
+    def propose(self, chain: Sequence[Hop], now: float) -> list[Action]:
+        """Moves to a better chain, beside the one that runs; ignored while anything else moves."""
+        old = list(self._chain)
+        new = list(chain)
+        if not self._is_running or self._builds or not _covers(new, 0, self._end_block):
+            return []
+        while old and new and _is_same(old[0].at, new[0]):
+            old, new = old[1:], new[1:]
+        while old and new and _is_same(old[-1].at, new[-1]):
+            old, new = old[:-1], new[:-1]
+        if old and new:
+            start, end = old[0].at.start, old[-1].at.end
+            build = self._add_build(start, end, code=CODE_BETTER, now=now, is_urgent=False)
+            build.old_peers = tuple(hop.peer for hop in old)
+            self._open_build(build, new, now)
+        return self._take(now)
+
+    # What the driver found.
+
+    def on_chain(self, question: int, chain: Sequence[Hop], now: float) -> list[Action]:
+        """Servers were chosen."""
+        build = self._find_question(question)
+        if build is not None:
+            if not _covers(chain, build.start, build.end):
+                raise ValueError(f"{chain} does not cover {build.start}:{build.end}")
+            self._open_build(build, chain, now)
+        return self._take(now)
+
+    def on_no_chain(self, question: int, error: MissingBlocks, now: float) -> list[Action]:
+        """Nobody can run the blocks now."""
+        build = self._find_question(question)
+        if build is not None:
+            build.stage = Stage.WAITING
+            build.retry_at = now + RETRY_S
+            if build.waiting_since is None:
+                build.waiting_since = now
+            if build.is_urgent:
+                limit_s = self._settings.max_wait_s
+                if now >= self._halted_at + limit_s:
+                    self._end(error)
+                else:
+                    waited_s = now - build.waiting_since
+                    self._actions.append(Waiting(str(error), waited_s, limit_s))
+        return self._take(now)
+
+    def on_opened(self, hop_id: int, max_step_tokens: int, now: float) -> list[Action]:
+        """A hop has room, and waits."""
+        hop = self._records.get(hop_id)
+        if hop is not None and hop.state is HopState.OPENING:
+            hop.state = HopState.OPEN
+            hop.max_step_tokens = max_step_tokens
+            if max_step_tokens < max(1, self.max_step_tokens):
+                text = f"takes steps of {max_step_tokens} tokens; {self.max_step_tokens} are sent"
+                self._fail(hop, "step_too_long", text, now)
+        return self._take(now)
+
+    def on_hop_failed(
+        self, hop_id: int, code: str, text: str, now: float, *, retry_after_s: float = 0.0
+    ) -> list[Action]:
+        """A hop refused, or its stream ended."""
+        hop = self._records.get(hop_id)
+        if hop is not None:
+            self._fail(hop, code, text, now, retry_after_s=retry_after_s)
+        return self._take(now)
+
+    def on_link_done(self, hop_id: int, request: int, now: float) -> list[Action]:
+        """A hop did what it was asked for."""
+        hop = self._records.get(hop_id)
+        asked = hop.requests.pop(request, None) if hop is not None else None
+        if hop is not None and asked is not None:
+            target = self._records.get(asked.target)
+            if asked.kind is RequestKind.LINK_NEXT:
+                hop.next = asked.target
+            elif asked.kind is RequestKind.LINK_PREVIOUS:
+                hop.previous = None if target is None else target.peer
+            else:
+                self._on_handed_over(request)
+        return self._take(now)
+
+    def on_link_failed(
+        self, hop_id: int, request: int, code: str, text: str, now: float
+    ) -> list[Action]:
+        """A hop could not do what it was asked for."""
+        hop = self._records.get(hop_id)
+        asked = hop.requests.pop(request, None) if hop is not None else None
+        if hop is not None and asked is not None:
+            target = self._records.get(asked.target)
+            if asked.kind is RequestKind.HAND_OVER:
+                self._on_hand_over_failed(request)
+            elif asked.kind is RequestKind.LINK_NEXT and target is not None:
+                self._lose_link(hop, target, f"{code}: {text}", now)
+        return self._take(now)
+
+    def on_output(self, hop_id: int, number: int, hidden: WireTensor, now: float) -> list[Action]:
+        """The copy of what a hop pushed to the next."""
+        hop, sent = self._records.get(hop_id), self._sent.get(number)
+        if hop is None or sent is None or hop_id not in sent.silent:
+            return []
+        if hop is sent.route[-1] or hidden.shape[0] != sent.tokens:
+            self._fail(hop, CODE_MISBEHAVED, "sent an output that was not asked for", now)
+            return self._take(now)
+        histories = self._histories if sent.build is None else sent.build.histories
+        history = histories[hop.at.end]
+        if history.rows >= sent.position:  # else rows are missing before it, and it is of no use
+            history.truncate(sent.position)
+            history.append(hidden)
+        self._note_progress(hop, sent, now)
+        return self._take(now)
+
+    def on_result(
+        self,
+        hop_id: int,
+        number: int,
+        hidden: WireTensor | None,
+        times: tuple[HopTime, ...],
+        now: float,
+    ) -> list[Action]:
+        """What came out of the hop where a step ends."""
+        hop, sent = self._records.get(hop_id), self._sent.get(number)
+        if hop is None or sent is None or hop_id not in sent.silent:
+            return []
+        expected = {Wanted.NONE: 0, Wanted.LAST: 1}.get(Wanted(sent.wanted), sent.tokens)
+        if hop is not sent.route[-1] or (0 if hidden is None else hidden.shape[0]) != expected:
+            self._fail(hop, CODE_MISBEHAVED, "sent a result that was not asked for", now)
+            return self._take(now)
+        sent.is_done = True
+        reached = sent.position + sent.tokens
+        if sent.build is not None:
+            sent.build.in_flight -= 1
+            sent.build.done = max(sent.build.done, reached)
+        else:
+            self._in_flight -= 1
+            if self._done_rows >= sent.position:
+                self._done_rows = reached
+            if sent.ticket is not None and self._pending.pop(sent.ticket, None) is not None:
+                self._actions.append(StepDone(sent.ticket, StepResultRows(hidden, times)))
+        self._note_progress(hop, sent, now)
+        return self._take(now)
+
+    def on_step_failed(
+        self, hop_id: int, number: int, code: str, text: str, culprit: str | None, now: float
+    ) -> list[Action]:
+        """A hop could not do a step, or cannot go on."""
+        hop, sent = self._records.get(hop_id), self._sent.get(number)
+        if hop is None or (number and sent is None):
+            return []
+        route = sent.route if sent is not None else tuple(self._route_of(hop))
+        index = route.index(hop) if hop in route else 0
+        if code == CODE_NEXT_HOP_LOST and index + 1 < len(route):
+            if route[index + 1].state is not HopState.GONE:
+                self._lose_link(hop, route[index + 1], text, now)
+        elif code == CODE_MISBEHAVED and index == 0 and sent is not None:
+            self._end(BadRequest(f"{hop.peer} does not take what was sent to it: {text!r}"))
+        elif culprit is None or code != CODE_MISBEHAVED:
+            self._fail(hop, code, text, now)
+        else:  # it may be the hop before; who says so again and again is it himself
+            hop.blames += 1
+            self._fail(route[index - 1] if hop.blames == 1 else hop, code, text, now)
+        return self._take(now)
+
+    def on_probe_reply(self, hop_id: int, request: int, received: int, now: float) -> list[Action]:
+        """A hop lives; the newest step that reached it was ``received``."""
+        hop = self._records.get(hop_id)
+        probe = hop.probe if hop is not None else None
+        if hop is not None and probe is not None and probe.request == request:
+            probe.request = None
+            probe.allowance_s = min(2 * probe.allowance_s, LONGEST_ALLOWANCE_S)
+            probe.due_at = now + probe.allowance_s
+            route = self._route_of(hop)
+            index = route.index(hop)
+            if received < probe.number and index:
+                probe.misses += 1
+                if probe.misses > 1:
+                    self._lose_link(route[index - 1], hop, "a step did not arrive", now)
+        return self._take(now)
+
+    def on_leaving(self, hop_id: int, now: float) -> list[Action]:
+        """A hop asks to be replaced before it goes."""
+        hop = self._records.get(hop_id)
+        if hop is None or hop.is_leaving:
+            return []
+        hop.is_leaving = True
+        self._avoid[hop.peer] = (now + LONGEST_AVOID_S, 0)
+        build = self._find_build(hop)
+        if build is None and hop in self._chain and not self._covering_builds(hop):
+            build = self._add_build(
+                hop.at.start, hop.at.end, code=CODE_LEAVING, now=now, is_urgent=False
+            )
+            build.old_peers = (hop.peer,)
+        elif build is not None:
+            self._fail(hop, CODE_LEAVING, "it is leaving", now)
+        return self._take(now)
+
+    # Time.
+
+    def next_deadline(self) -> float:
+        """When `on_timer` is wanted, unless something comes before."""
+        due = [build.retry_at for build in self._builds if build.stage is Stage.WAITING]
+        for hop in self._records.values():
+            if hop.state is HopState.OPENING:
+                due.append(hop.due_at)
+            due += [request.due_at for request in hop.requests.values()]
+            if hop.probe is not None:
+                due.append(hop.probe.due_at)
+        due += [
+            since + hop.laps.allowance_s(sent.tokens)
+            for hop, sent, since in self._suspects()
+            if hop.probe is None
+        ]
+        return min(due, default=float("inf"))
+
+    def on_timer(self, now: float) -> list[Action]:
+        """Time has passed."""
+        if self._has_ended:
+            return []
+        if now - self.next_deadline() > LAG_S:
+            self._forgive(now)
+        for build in list(self._builds):
+            if build.stage is Stage.WAITING and now >= build.retry_at:
+                self._choose(build)
+        for hop, sent, since in list(self._suspects()):
+            allowance_s = hop.laps.allowance_s(sent.tokens)
+            if hop.probe is None and now >= since + allowance_s:
+                hop.probe = ProbeState(None, now, since, allowance_s, sent.number)
+        for hop in list(self._records.values()):
+            if hop.state is not HopState.GONE:
+                self._check_hop(hop, now)
+        return self._take(now)
+
+    def _check_hop(self, hop: HopRecord, now: float) -> None:
+        probe = hop.probe
+        for number, request in list(hop.requests.items()):
+            if now >= request.due_at and request.kind is RequestKind.HAND_OVER:
+                del hop.requests[number]
+                self._on_hand_over_failed(number)
+            elif now >= request.due_at:
+                self._fail(hop, CODE_NO_ANSWER, "did not answer to a link", now)
+                return
+        if hop.state is HopState.OPENING and now >= hop.due_at:
+            self._fail(hop, CODE_NO_ANSWER, f"did not open a session within {OPEN_S:g} s", now)
+        elif probe is not None and now >= probe.due_at:
+            silent_s = now - probe.since
+            if probe.request is not None or silent_s > STUCK_S:
+                text = f"was silent for {silent_s:.1f} s"
+                self._fail(hop, CODE_NO_ANSWER, text, now, silent_s=silent_s)
+            else:
+                probe.request = self._new_id()
+                probe.due_at = now + PROBE_S
+                self.counts.probes += 1
+                self._actions.append(SendProbe(hop.id, probe.request))
+
+    def _forgive(self, now: float) -> None:
+        """Gives every hop its time again: it was this process that stood still."""
+        for hop in self._records.values():
+            hop.due_at = max(hop.due_at, now + OPEN_S)
+            for request in hop.requests.values():
+                request.due_at = max(request.due_at, now + LINK_S)
+            hop.probe = None
+            hop.last_output_at = now
+
+    def _suspects(self) -> list[tuple[HopRecord, _Sent, float]]:
+        """Of each route, the hop that the oldest step under way waits for, and since when."""
+        found = []
+        routes: set[int] = set()
+        for sent in self._sent.values():
+            # A build is not done before the copies have come that its hops' history is made of.
+            if id(sent.build) not in routes and not (sent.is_done and sent.build is None):
+                routes.add(id(sent.build))
+                hop = sent.route[sent.reached]
+                if sent.is_done:
+                    hop = next(each for each in sent.route if each.id in sent.silent)
+                if hop.state is HopState.OPEN:
+                    found.append((hop, sent, max(sent.reached_at, hop.last_output_at)))
+        return found
+
+    def _note_progress(self, hop: HopRecord, sent: _Sent, now: float) -> None:
+        index = sent.route.index(hop)
+        if index >= sent.reached:
+            if index == sent.reached:
+                hop.laps.add(sent.tokens, now - max(sent.reached_at, hop.last_output_at))
+            sent.reached = index if hop is sent.route[-1] else index + 1
+            sent.reached_at = now
+        hop.last_output_at = now
+        hop.probe = None
+        sent.silent.discard(hop.id)
+        if not sent.silent:
+            del self._sent[sent.number]
+
+    # Failures.
+
+    def _fail(
+        self,
+        hop: HopRecord,
+        code: str,
+        text: str,
+        now: float,
+        *,
+        retry_after_s: float = 0.0,
+        silent_s: float = 0.0,
+    ) -> None:
+        """Gives a hop up."""
+        if self._has_ended or hop.state is HopState.GONE:
+            return
+        self._drop_hop(hop)
+        if code in FAULTS:
+            self._actions.append(Penalise(hop.peer, code))
+        _, times = self._avoid.get(hop.peer, (0.0, 0))
+        avoid_s = max(retry_after_s, min(AVOID_S * 2**times, LONGEST_AVOID_S))
+        self._avoid[hop.peer] = (now + avoid_s, min(times + 1, 8))
+        at = hop.at
+        error = HopFailed(
+            f"the hop {at.peer} for blocks {at.start}:{at.end} failed ({code}): {text!r}",
+            peer=at.peer,
+        )
+        for build in self._builds:
+            if build.source == hop.id:
+                build.source = build.hand_over = None
+                build.sent = build.done
+        build_of_hop = self._find_build(hop)
+        if build_of_hop is not None:
+            self._start_again(build_of_hop, error, now)
+            return
+        if hop not in self._chain:  # it was retired
+            return
+        self._halt(now)
+        covering = self._covering_builds(hop)
+        for build in covering:
+            build.code, build.silent_s, build.noticed_at = code, silent_s, now
+            self._take_over(build)
+        if not covering:
+            self._chain.remove(hop)
+            build = self._add_build(at.start, at.end, code=code, now=now, is_urgent=True)
+            build.old_peers, build.silent_s = (at.peer,), silent_s
+
+    def _start_again(self, build: Build, error: PetaldError, now: float) -> None:
+        """Other servers must do what the build's could not."""
+        self._drop_build_hops(build)
+        build.attempts += 1
+        gives_up_at = self._halted_at + self._settings.max_wait_s
+        if not build.is_urgent:
+            if build.code == CODE_LEAVING:
+                build.stage, build.retry_at = Stage.WAITING, now + RETRY_S
+            else:
+                self._builds.remove(build)
+        elif build.attempts >= MAX_ATTEMPTS and now >= gives_up_at:
+            self._end(error)
+        else:
+            self._choose(build)
+
+    def _lose_link(self, hop: HopRecord, target: HopRecord, text: str, now: float) -> None:
+        """The way from a hop to the next is gone: it is made anew, once; then one of them goes."""
+        hop.next = None
+        failures = hop.link_failures.get(target.id, 0) + 1
+        hop.link_failures[target.id] = failures
+        target.probe = None
+        if failures > 1:
+            culprit = hop if len(hop.link_failures) > 1 else target
+            self._fail(culprit, CODE_NEXT_HOP_LOST, text, now)
+        elif self._find_build(hop) is None and self._find_build(target) is None:
+            self.counts.relinks += 1
+            self._halt(now)
+        elif self._find_build(hop) is self._find_build(target):
+            self._fail(target, CODE_NEXT_HOP_LOST, text, now)
+
+    def _halt(self, now: float) -> None:
+        """Stands still: only what is committed counts, and steps will be sent again."""
+        if not self._is_running:
+            return
+        self._is_running = False
+        self._halted_at = now
+        self._forget_sent(None)
+        self._in_flight = 0
+        for pending in self._pending.values():
+            pending.number = None
+        for hop in self._chain:
+            hop.probe = None
+
+    def _end(self, error: PetaldError) -> None:
+        if not self._has_ended:
+            self._actions.append(Ended(error))
+            self._finish()
+
+    def _finish(self) -> None:
+        self._has_ended, self._is_running = True, False
+        self._actions += [StepLost(ticket) for ticket in self._pending]
+        for hop in list(self._records.values()):
+            self._drop_hop(hop)
+        for build in self._builds:
+            build.reset()
+        for history in self._histories.values():
+            history.close()
+        self._pending.clear()
+        self._sent.clear()
+        self._builds.clear()
+
+    # Builds.
+
+    def _add_build(self, start: int, end: int, *, code: str, now: float, is_urgent: bool) -> Build:
+        build = Build(start, end, code, (), now, is_urgent)
+        self._builds.append(build)
+        return build
+
+    def _choose(self, build: Build) -> None:
+        build.stage, build.question = Stage.CHOOSING, 0
+
+    def _ask_for_chain(self, build: Build, now: float) -> None:
+        build.question = self._new_id()
+        hops = self._placed()
+        before = next((hop.peer for hop in hops if hop.at.end == build.start), None)
+        after = next((hop.peer for hop in hops if hop.at.start == build.end), None)
+        self._actions.append(
+            NeedChain(
+                build.question,
+                build.start,
+                build.end,
+                before,
+                after,
+                frozenset(peer for peer, (until, _) in self._avoid.items() if until > now),
+                self._settings.max_tokens,
+                build.attempts > 0 or build.waiting_since is not None,
+            )
+        )
+
+    def _open_build(self, build: Build, chain: Sequence[Hop], now: float) -> None:
+        build.stage, build.waiting_since = Stage.BUILDING, None
+        before = next((hop.peer for hop in self._placed() if hop.at.end == build.start), None)
+        source = self._choose_source(build, chain)
+        for at in chain:
+            hop = HopRecord(self._new_id(), at, now + OPEN_S, before)
+            self._records[hop.id] = hop
+            build.hops.append(hop)
+            cache_from = None if source is None else source.peer
+            self._actions.append(OpenHop(hop.id, at, before, cache_from))
+            before = at.peer
+        build.source = None if source is None else source.id
+        for hop in build.hops[:-1]:
+            build.histories[hop.at.end] = self._settings.make_history()
+
+    def _choose_source(self, build: Build, chain: Sequence[Hop]) -> HopRecord | None:
+        """The hop that hands its cache over, where one can, and should."""
+        if build.code != CODE_LEAVING or build.is_urgent or len(chain) != 1:
+            return None
+        old = next((hop for hop in self._chain if hop.at.start == build.start), None)
+        if old is None or old.at.end != build.end or not self._committed():
+            return None
+        prefers = self._settings.prefers_hand_over(old.at, chain[0], self._committed())
+        return old if prefers else None
+
+    def _advance_build(self, build: Build, now: float) -> None:
+        if not build.is_open or build.hand_over is not None:
+            return
+        if not self._ensure_linked(build.hops, now):
+            return
+        committed = self._committed()
+        if build.source is not None and committed and not build.done:
+            source = self._records[build.source]
+            build.hand_over, build.sent = self._new_id(), committed
+            source.requests[build.hand_over] = Request(
+                RequestKind.HAND_OVER, build.hops[0].id, now + HAND_OVER_S
+            )
+            self._actions.append(
+                SendHandOver(source.id, build.hand_over, build.hops[0].id, committed)
+            )
+            return
+        piece = min(REPLAY_TOKENS, *(hop.max_step_tokens for hop in build.hops))
+        while build.sent < committed and build.in_flight < MAX_IN_FLIGHT:
+            end = min(committed, build.sent + piece)
+            hidden = self._histories[build.start].read(build.sent, end)
+            self._send(hidden, build.sent, Wanted.NONE, None, build, now)
+            build.sent += hidden.shape[0]
+            build.in_flight += 1
+            build.replayed_tokens += hidden.shape[0]
+            self.counts.replayed_tokens += hidden.shape[0]
+
+    def _on_handed_over(self, request: int) -> None:
+        for build in self._builds:
+            if build.hand_over == request:
+                build.hand_over = build.source = None
+                build.done = build.sent
+                build.handed_over_tokens += build.done
+                self.counts.handed_over_tokens += build.done
+
+    def _on_hand_over_failed(self, request: int) -> None:
+        for build in self._builds:
+            if build.hand_over == request:
+                build.hand_over = build.source = None
+                build.sent = build.done = 0
+
+    def _take_over(self, build: Build) -> None:
+        """Puts a build in the place of the hops that it was made beside; the session stands."""
+        build.is_urgent = True
+        inside = [hop for hop in self._chain if build.start <= hop.at.start < build.end]
+        build.retired = [hop for hop in inside if hop.state is not HopState.GONE]
+        self._chain = [hop for hop in self._chain if hop not in inside]
+
+    def _try_resume(self, now: float) -> None:
+        """Lets steps flow again, if every block is in its place."""
+        placed = self._placed()
+        is_linked = self._ensure_linked(placed, now)
+        committed = self._committed()
+        urgent = [build for build in self._builds if build.is_urgent]
+        if not all(build.has_cached(committed) for build in urgent):
+            return
+        if not is_linked or not _covers([hop.at for hop in placed], 0, self._end_block):
+            return
+        self._chain = placed
+        for build in urgent:
+            self._install(build, now)
+        if not self.max_step_tokens:
+            self.max_step_tokens = min(hop.max_step_tokens for hop in placed)
+        self._is_running = True
+        self._redo_at = self._committed()
+
+    def _install(self, build: Build, now: float) -> None:
+        self._builds.remove(build)
+        for border in [b for b in self._histories if build.start < b < build.end]:
+            self._histories.pop(border).close()
+        self._histories.update(build.histories)
+        if build.end not in self._histories and build.end != self._end_block:
+            raise AssertionError("a border between two hops has no history")
+        for hop in build.retired:
+            self._drop_hop(hop)
+        self.counts.moves += 1
+        self._actions.append(
+            Moved(
+                build.start,
+                build.end,
+                build.old_peers,
+                tuple(hop.peer for hop in build.hops),
+                build.code,
+                build.silent_s,
+                now - self._halted_at,
+                build.replayed_tokens,
+                build.handed_over_tokens,
+            )
+        )
+
+    # Steps.
+
+    def _pump(self, now: float) -> None:
+        """Sends what may be sent: first what is to be done again, then what was submitted."""
+        if self._in_flight >= MAX_IN_FLIGHT:
+            return
+        history = self._histories[0]
+        first = next(iter(self._pending.values()), None)
+        redo_until = history.rows if first is None else min(first.position, history.rows)
+        while self._redo_at < redo_until and self._in_flight < MAX_IN_FLIGHT:
+            end = min(redo_until, self._redo_at + min(REPLAY_TOKENS, self.max_step_tokens))
+            hidden = history.read(self._redo_at, end)
+            self._send(hidden, self._redo_at, Wanted.NONE, None, None, now)
+            self._redo_at += hidden.shape[0]
+            self._in_flight += 1
+        if self._redo_at < redo_until:
+            return
+        for ticket, pending in self._pending.items():
+            if self._in_flight >= MAX_IN_FLIGHT:
+                return
+            if pending.number is None:
+                self._send_pending(ticket, pending, now)
+
+    def _send_pending(self, ticket: int, pending: _Pending, now: float) -> None:
+        start, end = pending.position, pending.position + pending.tokens
+        while start < end:
+            hidden = self._histories[0].read(start, end)
+            tokens = hidden.shape[0]
+            is_last = start + tokens == end
+            pending.number = self._send(
+                hidden,
+                start,
+                pending.wanted if is_last else Wanted.NONE,
+                ticket if is_last else None,
+                None,
+                now,
+            )
+            start += tokens
+            self._in_flight += 1
+        self._redo_at = max(self._redo_at, end)
+
+    def _send(
+        self,
+        hidden: WireTensor,
+        position: int,
+        wanted: str,
+        ticket: int | None,
+        build: Build | None,
+        now: float,
+    ) -> int:
+        self._check_copies(now)
+        self._last_number += 1
+        number = self._last_number
+        route = tuple(self._chain if build is None else build.hops)
+        self._sent[number] = _Sent(
+            number=number,
+            position=position,
+            tokens=hidden.shape[0],
+            wanted=wanted,
+            ticket=ticket,
+            build=build,
+            route=route,
+            reached=0,
+            reached_at=now,
+            silent={hop.id for hop in route},
+        )
+        until = None if build is None or build.end == self._end_block else build.end
+        self._actions.append(SendStep(route[0].id, number, position, hidden, wanted, until))
+        return number
+
+    def _rewind(self, position: int) -> None:
+        """Takes back the tokens from a position on, everywhere."""
+        for history in self._histories.values():
+            history.truncate(min(history.rows, position))
+        for build in self._builds:
+            build.rewind(position)
+        self._done_rows = min(self._done_rows, position)
+        self._redo_at = min(self._redo_at, position)
+        late = [t for t, p in self._pending.items() if p.position + p.tokens > position]
+        for ticket in late:
+            del self._pending[ticket]
+            self._actions.append(StepLost(ticket))
+        for number, sent in list(self._sent.items()):
+            if sent.position + sent.tokens > position:
+                del self._sent[number]
+                if sent.is_done:
+                    continue
+                if sent.build is not None:
+                    sent.build.in_flight -= 1
+                else:
+                    self._in_flight -= 1
+
+    def _check_copies(self, now: float) -> None:
+        """Gives up a hop that keeps back the copies that others would be rebuilt from."""
+        if len(self._sent) >= MAX_UNCOPIED:
+            oldest = next(iter(self._sent.values()))
+            hop = next(each for each in oldest.route if each.id in oldest.silent)
+            del self._sent[oldest.number]
+            if oldest.is_done:
+                self._late.append(hop)
+
+    # Small parts.
+
+    def _take(self, now: float) -> list[Action]:
+        """Moves everything on as far as it goes, and gives what is to be done."""
+        if not self._has_ended:
+            self._advance(now)
+        while self._late and not self._has_ended:
+            self._fail(self._late.pop(), CODE_MISBEHAVED, "keeps its outputs back", now)
+            self._advance(now)
+        actions, self._actions = self._actions, []
+        return actions
+
+    def _advance(self, now: float) -> None:
+        if self._builds:
+            for build in self._builds:
+                if build.stage is Stage.CHOOSING and not build.question:
+                    self._ask_for_chain(build, now)
+                self._advance_build(build, now)
+            if self._is_running:
+                self._switch(now)
+        if not self._is_running:
+            self._try_resume(now)
+        if self._is_running:
+            self._pump(now)
+
+    def _switch(self, now: float) -> None:
+        """Stops for a build that has caught up with the hops that it was made beside."""
+        caught_up = max(0, self._committed() - SWITCH_TOKENS)
+        for build in self._builds:
+            if build.is_open and build.source is None and build.done >= caught_up:
+                build.noticed_at = now
+                self._halt(now)
+                self._take_over(build)
+                self._advance_build(build, now)
+                return
+
+    def _ensure_linked(self, hops: Sequence[HopRecord], now: float) -> bool:
+        """Whether each hop is linked with the next; asks for what is missing."""
+        is_linked = True
+        for hop, target in pairwise(hops):
+            are_open = hop.state is HopState.OPEN and target.state is HopState.OPEN
+            if hop.at.end != target.at.start or not are_open:
+                is_linked = False
+            elif target.previous != hop.peer:
+                is_linked = False
+                if not target.has_asked(RequestKind.LINK_PREVIOUS, hop.id):
+                    request = self._ask(target, RequestKind.LINK_PREVIOUS, hop.id, now)
+                    self._actions.append(SendLinkPrevious(target.id, request, hop.peer))
+            elif hop.next != target.id:
+                is_linked = False
+                if not hop.has_asked(RequestKind.LINK_NEXT, target.id):
+                    request = self._ask(hop, RequestKind.LINK_NEXT, target.id, now)
+                    self._actions.append(SendLinkNext(hop.id, request, target.id))
+        return is_linked
+
+    def _ask(self, hop: HopRecord, kind: RequestKind, target: int, now: float) -> int:
+        """Opens a request; it replaces one of its kind, whose answer does not matter any more."""
+        for number in [n for n, request in hop.requests.items() if request.kind is kind]:
+            del hop.requests[number]
+        request = self._new_id()
+        hop.requests[request] = Request(kind, target, now + LINK_S)
+        return request
+
+    def _committed(self) -> int:
+        """How many rows every border has seen that does not lie within an urgent build."""
+        urgent = [build for build in self._builds if build.is_urgent]
+        borders = {hop.at.start for hop in self._chain}
+        for build in urgent:
+            borders |= {build.start, build.end}
+        borders -= {self._end_block}
+        rows = [self._histories[border].rows for border in borders]
+        return min([self._done_rows, *rows])
+
+    def _placed(self) -> list[HopRecord]:
+        """The hops in their place and those on the way to it, in order."""
+        hops = list(self._chain)
+        for build in self._builds:
+            if build.is_urgent:
+                hops += build.hops
+        return sorted(hops, key=lambda hop: hop.at.start)
+
+    def _route_of(self, hop: HopRecord) -> list[HopRecord]:
+        build = self._find_build(hop)
+        return self._chain if build is None else build.hops
+
+    def _find_build(self, hop: HopRecord) -> Build | None:
+        return next((build for build in self._builds if hop in build.hops), None)
+
+    def _find_question(self, question: int) -> Build | None:
+        for build in self._builds:
+            if build.stage is Stage.CHOOSING and build.question == question:
+                return build
+        return None
+
+    def _covering_builds(self, hop: HopRecord) -> list[Build]:
+        """The builds beside running hops that will take this hop's place."""
+        return [
+            build
+            for build in self._builds
+            if not build.is_urgent and build.start <= hop.at.start < build.end
+        ]
+
+    def _drop_hop(self, hop: HopRecord) -> None:
+        if hop.state is not HopState.GONE:
+            hop.state = HopState.GONE
+            del self._records[hop.id]
+            self._actions.append(CloseHop(hop.id))
+
+    def _drop_build_hops(self, build: Build) -> None:
+        for hop in build.hops:
+            self._drop_hop(hop)
+        self._forget_sent(build)
+        build.reset()
+
+    def _forget_sent(self, build: Build | None) -> None:
+        for number in [n for n, sent in self._sent.items() if sent.build is build]:
+            del self._sent[number]
+
+    def _new_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+
+def _covers(chain: Sequence[Hop], start: int, end: int) -> bool:
+    """Whether hops follow each other from one block to another."""
+    at = start
+    for hop in chain:
+        if hop.start != at or hop.end <= at:
+            return False
+        at = hop.end
+    return at == end
+
+
+def _is_same(one: Hop, other: Hop) -> bool:
+    return (one.peer, one.start, one.end) == (other.peer, other.start, other.end)

@@ -3,15 +3,23 @@
 Pure: it is fed with announcements and with what this peer measured itself, and knows no network and
 no clock. Invariant: a `SwarmView` holds at most one entry for each peer, and its spans lie within
 the model.
+
+Shapes: N servers in the order of their peer ids, E ordered pairs of servers with a known way.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from itertools import chain
+from operator import attrgetter
+from typing import Annotated, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from p2p.wire.message import (
     Addresses,
@@ -24,6 +32,13 @@ from p2p.wire.message import (
 )
 
 MAX_ANNOUNCEMENT_BYTES = 4096
+MAX_ROUND_TRIPS = 16
+"""Some 28 bytes each, so that all of them take a ninth of an announcement."""
+
+Milliseconds = Annotated[float, Bound(0, 1e6)]
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 
 
 class ServerState(StrEnum):
@@ -31,6 +46,25 @@ class ServerState(StrEnum):
 
     SERVING = "serving"
     LEAVING = "leaving"
+
+
+@functools.lru_cache(maxsize=1 << 15)  # views of one swarm ask for the same peers again and again
+def peer_digest(peer: str) -> bytes:
+    """What stands for a peer in others' announcements: 8 bytes of the SHA-256 of its id."""
+    return hashlib.sha256(peer.encode()).digest()[:8]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundTripTo:
+    """A round trip that a server measured.
+
+    Attributes:
+        peer: the other's `peer_digest`.
+        ms: from the server to it and back.
+    """
+
+    peer: Annotated[bytes, Bound(8, 8)]
+    ms: Milliseconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,19 +82,25 @@ class Announcement(Record):
         dtype: in which it computes.
         quant: its weight format.
         version: of petald.
+        queue_ms: mean time that a decode step lately waited for the device.
+        prefill_ms: time for each token of a prefill through the whole span; zero where unknown.
+        round_trips: to its likely next hops; the first one counts where a peer stands twice.
     """
 
     model: Digest
     start: BlockNumber
     end: BlockNumber
     state: Name
-    step_ms: Annotated[float, Bound(0, 1e6)]
+    step_ms: Milliseconds
     cache_tokens: Count
     free_cache_tokens: Count
     dtype: Name
     quant: Name = "none"
     version: Name = "0"
     addresses: Addresses = ()
+    queue_ms: Milliseconds = 0.0
+    prefill_ms: Milliseconds = 0.0
+    round_trips: Annotated[tuple[RoundTripTo, ...], Bound(0, MAX_ROUND_TRIPS)] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,13 +132,118 @@ class Server:
         return self.announcement.state == ServerState.SERVING
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
+class KnownWays:
+    """The ordered pairs of servers whose way one of the two measured.
+
+    Sorted by the server that is left, then by the one that is reached. A pair is known in both
+    directions or in neither, so that the pairs that lead to a server stand under the same
+    positions as those that lead from it.
+
+    Attributes:
+        first: (N + 1,) where in the others the pairs of each server begin.
+        to: (E,) the other server's position.
+        way_s: (E,) one way to it: half of what this server announced, or else the other one.
+        way_back_s: (E,) one way from it.
+    """
+
+    first: Integers
+    to: Integers
+    way_s: Floats
+    way_back_s: Floats
+
+    def of(self, position: int) -> slice:
+        """Where the pairs of one server stand."""
+        return slice(int(self.first[position]), int(self.first[position + 1]))
+
+    @classmethod
+    def read(cls, servers: Sequence[Server]) -> Self:
+        """Reads the round trips that servers announced to each other."""
+        count = len(servers)
+        lists = [server.announcement.round_trips for server in servers]
+        trips = list(chain.from_iterable(lists))
+        positions = {
+            peer_digest(server.peer): position
+            for position, server in reversed(list(enumerate(servers)))
+        }
+        by = np.repeat(np.arange(count), np.fromiter(map(len, lists), np.int64, count))
+        to = np.array([positions.get(trip.peer, -1) for trip in trips], np.int64)
+        way_s = np.array(list(map(attrgetter("ms"), trips)), np.float64) / 2e3
+        is_pair = (to >= 0) & (to != by)
+        by, to, way_s = by[is_pair], to[is_pair], way_s[is_pair]
+        # What was announced comes before its reverse: of several for a pair the first is kept.
+        by, to, way_s = np.r_[by, to], np.r_[to, by], np.r_[way_s, way_s]
+        narrow = np.uint16 if count < 1 << 16 else np.int64  # numpy sorts 16 bits in linear time
+        order = np.argsort(to.astype(narrow), kind="stable")
+        order = order[np.argsort(by[order].astype(narrow), kind="stable")]
+        by, to, way_s = by[order], to[order], way_s[order]
+        is_first = np.ones(len(by), np.bool_)
+        is_first[1:] = (by[1:] != by[:-1]) | (to[1:] != to[:-1])
+        by, to, way_s = by[is_first], to[is_first], way_s[is_first]
+        way_back_s = way_s[np.argsort(to.astype(narrow), kind="stable")]
+        first = np.r_[0, np.cumsum(np.bincount(by, minlength=count))]
+        return cls(first=first, to=to, way_s=way_s, way_back_s=way_back_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The servers of a view as arrays, in the order of their peer ids.
+
+    Attributes:
+        servers: N of them.
+        position: of each peer.
+        start: (N,) first block of the span.
+        end: (N,) the block after the last one.
+        block_s: (N,) time of a decode step through one block.
+        queue_s: (N,) time that a step waits for the device.
+        free_cache_tokens: (N,), or -1 where the server takes no sessions.
+        round_trip_s: (N,) from here; NaN where it was never measured.
+        ways: between the servers.
+    """
+
+    servers: tuple[Server, ...]
+    position: dict[str, int]
+    start: npt.NDArray[np.int16]
+    end: npt.NDArray[np.int16]
+    block_s: Floats
+    queue_s: Floats
+    free_cache_tokens: Integers
+    round_trip_s: Floats
+    ways: KnownWays
+
+    @classmethod
+    def read(cls, servers: Iterable[Server]) -> Self:
+        """Sorts servers and takes out what a route is chosen by."""
+        ordered = tuple(sorted(servers, key=attrgetter("peer")))
+        said = [server.announcement for server in ordered]
+        start = np.array([one.start for one in said], np.int16)
+        end = np.array([one.end for one in said], np.int16)
+        free = [one.free_cache_tokens if one.state == ServerState.SERVING else -1 for one in said]
+        return cls(
+            servers=ordered,
+            position={server.peer: position for position, server in enumerate(ordered)},
+            start=start,
+            end=end,
+            block_s=np.array([one.step_ms for one in said], np.float64) / 1e3 / (end - start),
+            queue_s=np.array([one.queue_ms for one in said], np.float64) / 1e3,
+            free_cache_tokens=np.array(free, np.int64),
+            round_trip_s=np.array([server.round_trip_s for server in ordered], np.float64),
+            ways=KnownWays.read(ordered),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)  # without slots, for what is kept beside the fields
 class SwarmView:
     """The servers of one model, as one peer knows them now."""
 
     model: bytes
     num_blocks: int
     servers: tuple[Server, ...]
+
+    @functools.cached_property
+    def columns(self) -> Columns:
+        """The servers as arrays, made once."""
+        return Columns.read(self.servers)
 
     def coverage(self) -> tuple[int, ...]:
         """For each block, how many servers hold it and take sessions."""

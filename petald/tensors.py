@@ -14,6 +14,8 @@ import warnings
 
 import torch
 
+from kernels.codecs import Codec, find_codec
+from kernels.errors import UnknownCodec
 from p2p.errors import RemoteProtocolError
 from p2p.wire.tensor import RAW, WireTensor
 
@@ -31,12 +33,45 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def to_wire(hidden_SD: torch.Tensor) -> WireTensor:
-    """Hidden states in their own dtype, uncompressed; shares their memory where it can."""
+def to_wire(hidden_SD: torch.Tensor, codec: str = RAW) -> WireTensor:
+    """Hidden states in their own dtype, encoded; shares their memory where the codec can.
+
+    Raises:
+        UnknownCodec: there is none of that name.
+    """
     dtype = str(hidden_SD.dtype).removeprefix("torch.")
-    rows_SD = hidden_SD.detach().cpu().contiguous()
-    data = rows_SD.view(torch.uint8).numpy().data.cast("B")
-    return WireTensor(dtype, tuple(hidden_SD.shape), data)
+    data_SR = find_codec(codec).encode(hidden_SD)
+    return WireTensor(dtype, tuple(hidden_SD.shape), data_SR.numpy().data.cast("B"), codec)
+
+
+def check_wire(tensor: WireTensor, *, hidden_size: int, max_tokens: int) -> Codec:
+    """Checks that hidden states have the form that they say, without decoding them.
+
+    Args:
+        tensor: as it came.
+        hidden_size: that it must have.
+        max_tokens: that it may have; one is the least.
+
+    Raises:
+        RemoteProtocolError: they are something else.
+    """
+    shape = tensor.shape
+    if len(shape) != 2 or shape[1] != hidden_size or not 1 <= shape[0] <= max_tokens:
+        raise RemoteProtocolError(
+            f"hidden states of the shape {list(shape)} came; "
+            f"[1 to {max_tokens}, {hidden_size}] was expected"
+        )
+    wire_dtype = _wire_dtype(tensor.dtype)
+    try:
+        codec = find_codec(tensor.codec)
+    except UnknownCodec as error:
+        raise RemoteProtocolError(str(error)) from error
+    expected_bytes = shape[0] * codec.row_bytes(hidden_size, wire_dtype)
+    if len(tensor.data) != expected_bytes:
+        raise RemoteProtocolError(
+            f"{len(tensor.data)} bytes of {codec.name} came; {shape[0]} rows take {expected_bytes}"
+        )
+    return codec
 
 
 def from_wire(
@@ -61,23 +96,18 @@ def from_wire(
     Raises:
         RemoteProtocolError: it is something else, or holds numbers that are not finite.
     """
-    shape = tensor.shape
-    if len(shape) != 2 or shape[1] != hidden_size or not 1 <= shape[0] <= max_tokens:
-        raise RemoteProtocolError(
-            f"hidden states of the shape {list(shape)} came; "
-            f"[1 to {max_tokens}, {hidden_size}] was expected"
-        )
-    if tensor.codec != RAW:
-        raise RemoteProtocolError(f"the codec {tensor.codec!r} is not known here")
-    wire_dtype = WIRE_DTYPES.get(tensor.dtype)
-    if wire_dtype is None:
-        raise RemoteProtocolError(f"hidden states came as {tensor.dtype}; a float was expected")
-    rows_SD = torch.frombuffer(tensor.data, dtype=wire_dtype).view(shape)
-    if rows_SD.data_ptr() % rows_SD.element_size():  # it stands anywhere in its frame
-        rows_SD = torch.frombuffer(bytearray(tensor.data), dtype=wire_dtype).view(shape)
-    rows_SD = rows_SD.to(dtype)
+    codec = check_wire(tensor, hidden_size=hidden_size, max_tokens=max_tokens)
+    data_SR = torch.frombuffer(tensor.data, dtype=torch.uint8).view(tensor.shape[0], -1)
+    rows_SD = codec.decode(data_SR, hidden_size, _wire_dtype(tensor.dtype)).to(dtype)
     # One pass: a sum is finite just when every number is, but for sums beyond 1e38, which no
     # model's hidden states come near.
     if not math.isfinite(rows_SD.sum(dtype=_SUM_DTYPES.get(dtype))):
         raise RemoteProtocolError(f"hidden states came with numbers not finite in {dtype}")
     return rows_SD.to(device)
+
+
+def _wire_dtype(name: str) -> torch.dtype:
+    dtype = WIRE_DTYPES.get(name)
+    if dtype is None:
+        raise RemoteProtocolError(f"hidden states came as {name}; a float was expected")
+    return dtype

@@ -32,6 +32,7 @@ TokenId = Annotated[int, Bound(0, 2**31)]
 TokenIds = Annotated[tuple[TokenId, ...], Bound(0, 2**20)]
 LongText = Annotated[str, Bound(0, 8 * 1024 * 1024)]
 ModelName = Annotated[str, Bound(0, 1024)]
+MAX_MOVES = 256
 Stops = Annotated[tuple[Annotated[str, Bound(1, 256)], ...], Bound(0, 16)]
 
 
@@ -193,6 +194,8 @@ class Generate(Message):
         session: a name under which the connection keeps the session open, so that the next
             `Generate` with it prefills only what is new; empty for none.
         max_session_tokens: room for a kept session; 0 lets the daemon choose.
+        max_wait_s: how long to wait where no server can run some blocks; none lets the daemon's
+            configuration say.
     """
 
     job: JobNumber
@@ -205,6 +208,7 @@ class Generate(Message):
     stop: Stops = ()
     session: Annotated[str, Bound(0, 64)] = ""
     max_session_tokens: Tokens = 0
+    max_wait_s: Seconds | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,15 +223,43 @@ class ChainHop:
 Chain = Annotated[tuple[ChainHop, ...], Bound(0, 128)]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChainMove:
+    """Blocks that are run elsewhere now.
+
+    Attributes:
+        start: first block.
+        end: the block after the last one.
+        old: the peers that ran them.
+        new: the peers that run them now.
+        reason: a stable name: ``leaving``, ``better``, or how the old ones failed.
+        silent_s: how long a hop had been silent when it was given up.
+        pause_s: from then on until the job went on.
+        replayed_tokens: sent again to the new peers.
+        handed_over_tokens: that came from the old peer's cache instead.
+    """
+
+    start: BlockNumber
+    end: BlockNumber
+    old: Annotated[tuple[PeerName, ...], Bound(0, 128)]
+    new: Annotated[tuple[PeerName, ...], Bound(0, 128)]
+    reason: Name
+    silent_s: Seconds
+    pause_s: Seconds
+    replayed_tokens: Tokens = 0
+    handed_over_tokens: Tokens = 0
+
+
 @message("progress")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress(Message):
     """Something worth telling happened to a job that goes on.
 
     Attributes:
-        event: a stable name: ``chain``, ``prefill``.
+        event: a stable name: ``chain``, ``prefill``, ``moved``, ``waiting``.
         text: a sentence.
-        chain: the chain as it is now, with the event ``chain``.
+        chain: the chain as it is now, with the events ``chain`` and ``moved``.
+        move: with the event ``moved``.
         done: so many tokens of ``total`` are prefilled, with the event ``prefill``.
     """
 
@@ -235,6 +267,7 @@ class Progress(Message):
     event: Name
     text: Text = ""
     chain: Chain = ()
+    move: ChainMove | None = None
     done: Tokens = 0
     total: Tokens = 0
 
@@ -279,6 +312,8 @@ class GenerateDone(Message):
         tokens: ids of all new tokens, the ending one included.
         text: the whole answer, cut before a stop text.
         finish_reason: ``stop`` (the model ended), ``stop_text``, or ``length``.
+        chain: as it was at the end.
+        moves: what happened to it, the last so many.
     """
 
     job: JobNumber
@@ -289,6 +324,7 @@ class GenerateDone(Message):
     finish_reason: Name
     chain: Chain
     timings: Timings
+    moves: Annotated[tuple[ChainMove, ...], Bound(0, MAX_MOVES)] = ()
 
 
 @message("job_failed")

@@ -1,15 +1,22 @@
 """The conversation of a session: ``/petald/session/1`` and ``/petald/push/1``.
 
 A client opens a session stream to every hop and sends `OpenSession`; the hop answers
-`SessionOpened` or a `Refusal`. `LinkNext` then tells each hop but the last where its output goes.
-A `Step` enters at the first hop, on the session stream, and is pushed from server to server, over
-one push stream for each session and link that begins with `AttachPush`. The last hop answers the
-client with a `StepResult` on its own session stream. A hop that cannot do a step says so to the
-client, with a `StepFailed`, and to nobody else.
+`SessionOpened` or a `Refusal`. `LinkNext` then tells each hop but the last where its output goes,
+and `LinkPrevious` whose output it may take, at any time again: so a hop is replaced between its
+neighbours. A `Step` enters at some hop (the first, mostly), on the session stream, and is pushed
+from server to server, over one push stream for each session and link that begins with `AttachPush`,
+until the hop where it ends. That one answers the client with a `StepResult` on its own session
+stream; all hops before it send the client a copy of what they push, `StepOutput`, which is what the
+next one can be rebuilt from. A hop that cannot do a step says so to the client, with a
+`StepFailed`, and to nobody else.
 
 Every stream of a session is ordered, and so are the steps on it. A step carries the absolute
 position of its first token: less than what the hop has cached means that the cache is cut back to
 that position first, which is how a client takes tokens back or repeats a step.
+
+A hop that wants to leave says `Leaving`. If its replacement holds the same blocks, the client may
+tell it to hand its cache over: `HandOver`, which opens a push stream that begins with
+`AttachCache`.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from p2p.wire.message import (
     Message,
     Name,
     PeerName,
+    Seconds,
     Text,
     Tokens,
     message,
@@ -77,6 +85,8 @@ class OpenSession(Message):
         end: the block after the last one.
         max_tokens: the most tokens that this session will ever have cached.
         previous: the peer whose pushes are to be taken; none for the first hop.
+        codec: in which the hop is to write its outputs; it reads any that it knows.
+        cache_from: the peer that may hand its cache over to this hop.
     """
 
     session: SessionId
@@ -85,6 +95,8 @@ class OpenSession(Message):
     end: BlockNumber
     max_tokens: Tokens
     previous: PeerName | None = None
+    codec: Name = "raw"
+    cache_from: PeerName | None = None
 
 
 @message("session_opened")
@@ -102,17 +114,113 @@ class SessionOpened(Message):
 @message("link_next")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinkNext(Message):
-    """Tells a hop where its output goes; answered with ``ok`` or a `Refusal`.
+    """Tells a hop where its output goes; answered with `LinkDone` or `LinkFailed`.
+
+    A push that hangs on the link before is given up at once.
 
     Attributes:
+        request: chosen by the client; the answer has it.
         peer: the next hop.
         session: the id under which the next hop knows this session.
         addresses: where the next hop was last known to listen.
     """
 
+    request: Count
     peer: PeerName
     session: SessionId
     addresses: Addresses = ()
+
+
+@message("link_previous")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkPrevious(Message):
+    """Tells a hop whose pushes to take from now on; answered with `LinkDone`.
+
+    Attributes:
+        request: chosen by the client; the answer has it.
+        peer: the hop before; none where there is none any more.
+    """
+
+    request: Count
+    peer: PeerName | None = None
+
+
+@message("hand_over")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HandOver(Message):
+    """Tells a hop to copy what it has cached to its replacement; answered as a link is.
+
+    Attributes:
+        request: chosen by the client; the answer has it.
+        peer: the replacement, which has opened the session for the same blocks.
+        session: the id under which the replacement knows this session.
+        tokens: how many to hand over, from the first on; the hop has cached at least as many.
+        addresses: where the replacement was last known to listen.
+    """
+
+    request: Count
+    peer: PeerName
+    session: SessionId
+    tokens: Tokens
+    addresses: Addresses = ()
+
+
+@message("link_done")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkDone(Message):
+    """A link was made, or a cache was handed over."""
+
+    request: Count
+
+
+@message("link_failed")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkFailed(Message):
+    """A link could not be made, or a cache not be handed over.
+
+    Attributes:
+        request: which.
+        code: what went wrong.
+        text: a sentence, for a person.
+    """
+
+    request: Count
+    code: Name
+    text: Text = ""
+
+
+@message("probe")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe(Message):
+    """Is this hop alive, and did the step reach it? Answered at once, whatever it computes."""
+
+    request: Count
+
+
+@message("probe_reply")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeReply(Message):
+    """The hop is alive.
+
+    Attributes:
+        request: which probe is answered.
+        received: the number of the newest step that reached this hop; 0 where none did.
+    """
+
+    request: Count
+    received: Count
+
+
+@message("leaving")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leaving(Message):
+    """The hop is going to leave: the client had better move what it runs here.
+
+    Attributes:
+        within_s: how long it will wait.
+    """
+
+    within_s: Seconds
 
 
 @message("attach_push")
@@ -121,6 +229,40 @@ class AttachPush(Message):
     """Opens a push stream: the steps that follow belong to this session."""
 
     session: SessionId
+
+
+@message("attach_cache")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttachCache(Message):
+    """Opens a push stream on which a cache is handed over: `CacheRows` follow.
+
+    It is answered with ``ok`` or a `Refusal`, and so is the end of the rows.
+
+    Attributes:
+        session: the receiving hop's id.
+        tokens: how many will come.
+    """
+
+    session: SessionId
+    tokens: Tokens
+
+
+@message("cache_rows")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheRows(Message):
+    """Keys and values of consecutive tokens in one block.
+
+    Attributes:
+        block: absolute.
+        position: of the first token.
+        keys: ``[kv_heads, tokens, head_size]``, uncompressed.
+        values: likewise.
+    """
+
+    block: BlockNumber
+    position: Tokens
+    keys: WireTensor
+    values: WireTensor
 
 
 @message("step")
@@ -132,6 +274,7 @@ class Step(Message):
         number: counts the session's steps from 1; a repeated step has its first number.
         position: of the first token, absolute in the session.
         wanted: a `Wanted`.
+        until: the step ends at the hop whose last block comes before this one; none: at the last.
         times: of the hops already passed, in order.
         hidden: hidden states ``[tokens, hidden]``.
     """
@@ -140,13 +283,28 @@ class Step(Message):
     position: Tokens
     hidden: WireTensor
     wanted: Annotated[str, Bound(1, 8)] = Wanted.LAST
+    until: BlockNumber | None = None
     times: Annotated[tuple[HopTime, ...], Bound(0, MAX_HOPS)] = ()
+
+
+@message("step_output")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput(Message):
+    """A copy of what a hop pushed to the next one: the next one's input, exactly as it is decoded.
+
+    Attributes:
+        number: the step's.
+        hidden: ``[tokens, hidden]``.
+    """
+
+    number: Count
+    hidden: WireTensor
 
 
 @message("step_result")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult(Message):
-    """What came out of the last hop.
+    """What came out of the hop where a step ends.
 
     Attributes:
         number: the step's.

@@ -121,6 +121,7 @@ def test_json_is_one_object_with_everything(run: Run) -> None:
             "hop_compute_s": [0.5, 0.25],
             "hop_queue_s": [0.0, 0.125],
         },
+        "moves": [],
     }
 
 

@@ -89,7 +89,7 @@ def test_repeated_flags_make_a_list_and_replace_the_files(tmp_path):
         ("serve = 1\n", ["serve should be a section"]),
         ('[serve]\nmodle = "x"\n', ["[serve]", '"modle"', 'nearest is "model"']),
         ("[route]\ncache_tokens = 1\n", ["[route]", "cache_tokens", "[serve] has it"]),
-        ("[route]\nzzz = 1\n", ["it has models, dtype, threads"]),
+        ("[route]\nzzz = 1\n", ["it has models, dtype, codec"]),
         ('[serve]\nthreads = "2"\n', ["[serve] threads", "whole number", "'2'"]),
         ("[serve]\nthreads = true\n", ["[serve] threads", "whole number", "True"]),
         ("[serve]\nthreads = 2.0\n", ["whole number"]),

@@ -1,5 +1,6 @@
 """The device's thread: batching, blame, and cancellation that leaves nothing running."""
 
+import functools
 import threading
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from petald.executor import Executor, open_executor
+from petald.executor import MEAN_TIME_S, MEAN_WEIGHT, Executor, open_executor
 from petald.scheduler import Priority
 
 
@@ -113,3 +114,60 @@ async def test_cancelled_work_that_runs_has_ended_before_the_caller_goes_on() ->
             threading.Timer(0.05, gate.may_end.set).start()
             nursery.cancel_scope.cancel()
         assert gate.has_ended
+
+
+async def test_two_peers_work_interleaves() -> None:
+    order: list[str] = []
+
+    def note(items: Sequence[str]) -> Sequence[str]:
+        order.extend(items)
+        return items
+
+    async def ask(peer: str) -> None:
+        await executor.run_batched(
+            note, peer, priority=Priority.PREFILL, tokens=8, batch_key="same", peer=peer
+        )
+
+    gate = Gate()
+    async with open_executor(name="test", max_batch_tokens=8) as executor:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(executor.run, gate)
+            await trio.to_thread.run_sync(gate.has_started.wait)
+            for peer, count in (("greedy", 20), ("modest", 3)):
+                for _ in range(count):
+                    nursery.start_soon(ask, peer)
+                await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(functools.partial(executor.run, order.append, "called", peer="rare"))
+            await trio.testing.wait_all_tasks_blocked()
+            assert executor.queued_tokens == 23 * 8 + 1
+            assert executor.queued_tokens_of(Priority.PREFILL) == 23 * 8
+            gate.may_end.set()
+        assert executor.queued_tokens == 0
+    assert order == ["called"] + ["greedy", "modest"] * 3 + ["greedy"] * 17
+
+
+async def test_the_mean_queue_time_follows_waiting_decode_steps_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("petald.executor.time.perf_counter", lambda: now)
+    gate, second = Gate(), Gate()
+    async with open_executor(name="test") as executor:
+        assert executor.mean_queue_s == 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(executor.run, gate)
+            await trio.to_thread.run_sync(gate.has_started.wait)
+            nursery.start_soon(executor.run, second)
+            await trio.testing.wait_all_tasks_blocked()
+            now += 0.5
+            gate.may_end.set()
+            await trio.to_thread.run_sync(second.has_started.wait)
+            after_wait_s = executor.mean_queue_s
+            assert after_wait_s == pytest.approx(0.5 * MEAN_WEIGHT)
+            nursery.start_soon(functools.partial(executor.run, int, priority=Priority.PREFILL))
+            await trio.testing.wait_all_tasks_blocked()
+            now += 0.5
+            second.may_end.set()
+        assert 0 < executor.mean_queue_s < after_wait_s
+        now += 20 * MEAN_TIME_S
+        assert executor.mean_queue_s < 1e-6

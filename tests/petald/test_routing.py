@@ -2,14 +2,32 @@
 
 import itertools
 import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petald.errors import MissingBlocks
-from petald.routing import UNKNOWN_ROUND_TRIP_S, Hop, choose_chain
-from petald.swarm import Announcement, Server, ServerState, SwarmView, make_view
+from petald.routing import (
+    UNKNOWN_ROUND_TRIP_S,
+    Hop,
+    chain_cost_s,
+    choose_chain,
+    should_move,
+)
+from petald.swarm import (
+    MAX_ANNOUNCEMENT_BYTES,
+    Announcement,
+    RoundTripTo,
+    Server,
+    ServerState,
+    SwarmView,
+    make_view,
+    peer_digest,
+)
 
 MODEL = bytes(32)
 
@@ -23,6 +41,8 @@ def make_server(
     round_trip_s: float | None = 0.01,
     free: int = 1000,
     state: str = ServerState.SERVING,
+    queue_ms: float = 0.0,
+    pairs: Mapping[str, float] | None = None,
 ) -> Server:
     return Server(
         peer=peer,
@@ -36,6 +56,12 @@ def make_server(
             cache_tokens=1000,
             free_cache_tokens=free,
             dtype="float32",
+            queue_ms=queue_ms,
+            round_trips=tuple(
+                RoundTripTo(peer=peer_digest(other), ms=ms)
+                for other, ms in (pairs or {}).items()
+                if other != peer
+            ),
         ),
     )
 
@@ -48,39 +74,71 @@ def spans(chain: tuple[Hop, ...]) -> list[tuple[str, int, int]]:
     return [(hop.peer, hop.start, hop.end) for hop in chain]
 
 
-def cost_s(view: SwarmView, chain: list[tuple[str, int, int]]) -> float:
-    """The time of a step through a chain, from the definition."""
+Chain = list[tuple[str, int, int]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `choose_chain` is asked, beside the view."""
+
+    start: int = 0
+    end: int = 6
+    before: str | None = None
+    after: str | None = None
+    penalties_s: Mapping[str, float] = field(default_factory=dict)
+    excluded: frozenset[str] = frozenset()
+
+
+def way_s(view: SwarmView, one: str | None, other: str | None) -> float:
+    """One way between two peers, from the definition; none is the client."""
     servers = {server.peer: server for server in view.servers}
 
-    def one_way(peer: str) -> float:
-        known = servers[peer].round_trip_s
+    def from_client(peer: str | None) -> float:
+        if peer is None:
+            return 0.0
+        known = servers[peer].round_trip_s if peer in servers else None
         return (UNKNOWN_ROUND_TRIP_S if known is None else known) / 2
 
-    total = one_way(chain[0][0]) + one_way(chain[-1][0])
-    for (before, _, _), (after, _, _) in itertools.pairwise(chain):
-        total += (one_way(before) + one_way(after)) / 2
+    if one == other:
+        return 0.0
+    for here, there in ((one, other), (other, one)):
+        if here in servers and there in servers:
+            for trip in servers[here].announcement.round_trips:
+                if trip.peer == peer_digest(there):
+                    return trip.ms / 2e3
+    return from_client(one) + from_client(other)
+
+
+def cost_s(view: SwarmView, chain: Chain, asked: Question) -> float:
+    """The time of a step through a chain, from the definition."""
+    servers = {server.peer: server for server in view.servers}
+    path = [asked.before, *(peer for peer, _, _ in chain), asked.after]
+    total = sum(way_s(view, *pair) for pair in itertools.pairwise(path))
     for peer, start, end in chain:
         server = servers[peer]
-        per_block = server.announcement.step_ms / 1e3 / (server.end - server.start)
-        total += per_block * (end - start)
+        said = server.announcement
+        per_block = said.step_ms / 1e3 / (server.end - server.start)
+        total += per_block * (end - start) + said.queue_ms / 1e3
+        total += asked.penalties_s.get(peer, 0.0)
     return total
 
 
-def brute_force(view: SwarmView) -> float:
+def brute_force(view: SwarmView, asked: Question) -> float:
     """The least cost over every chain there is, cut anywhere."""
     best = math.inf
 
-    def extend(at: int, chain: list[tuple[str, int, int]]) -> None:
+    def extend(at: int, chain: Chain) -> None:
         nonlocal best
-        if at == view.num_blocks:
-            best = min(best, cost_s(view, chain))
+        if at == asked.end:
+            best = min(best, cost_s(view, chain, asked))
             return
         for server in view.servers:
-            if server.start <= at < server.end and (not chain or chain[-1][0] != server.peer):
-                for end in range(at + 1, server.end + 1):
+            fits = server.start <= at < server.end and server.peer not in asked.excluded
+            if fits and (not chain or chain[-1][0] != server.peer):
+                for end in range(at + 1, min(server.end, asked.end) + 1):
                     extend(end, [*chain, (server.peer, at, end)])
 
-    extend(0, [])
+    extend(asked.start, [])
     return best
 
 
@@ -147,28 +205,107 @@ def test_servers_that_cannot_be_true_are_not_in_the_view() -> None:
     assert view.servers == ()
 
 
+PEERS = "abcdef"
+
 small_servers = st.builds(
-    lambda peer, start, length, step_ms, trip: make_server(
-        peer, start, min(start + length, 5), step_ms=step_ms, round_trip_s=trip
+    lambda peer, start, length, step_ms, trip, queue_ms, pairs: make_server(
+        peer,
+        start,
+        min(start + length, 5),
+        step_ms=step_ms,
+        round_trip_s=trip,
+        queue_ms=queue_ms,
+        pairs=pairs,
     ),
-    st.sampled_from("abcdefg"),
+    st.sampled_from(PEERS),
     st.integers(0, 4),
     st.integers(1, 5),
     st.sampled_from([1.0, 5.0, 20.0, 100.0]),
     st.sampled_from([None, 0.0, 0.001, 0.02, 0.3]),
+    st.sampled_from([0.0, 3.0, 50.0]),
+    st.dictionaries(st.sampled_from(PEERS), st.sampled_from([0.0, 1.0, 30.0, 900.0]), max_size=4),
+)
+questions = st.builds(
+    Question,
+    start=st.integers(0, 2),
+    end=st.integers(3, 5),
+    before=st.sampled_from([None, *PEERS, "gone"]),
+    after=st.sampled_from([None, *PEERS, "gone"]),
+    penalties_s=st.dictionaries(
+        st.sampled_from(PEERS), st.sampled_from([0.01, 1.0, 10.0]), max_size=3
+    ),
+    excluded=st.frozensets(st.sampled_from(PEERS), max_size=2),
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(small_servers, max_size=5, unique_by=lambda server: server.peer))
-def test_the_choice_is_optimal(servers: list[Server]) -> None:
+@settings(max_examples=300, deadline=None)
+@given(st.lists(small_servers, max_size=5, unique_by=lambda server: server.peer), questions)
+def test_the_choice_is_optimal(servers: list[Server], asked: Question) -> None:
     view = make_swarm(*servers, blocks=5)
-    best = brute_force(view)
+    best = brute_force(view, asked)
     try:
-        chain = spans(choose_chain(view, needed_tokens=1))
+        hops = choose_chain(view, needed_tokens=1, **vars(asked))
     except MissingBlocks:
         assert best == math.inf
         return
-    assert chain[0][1] == 0
-    assert chain[-1][2] == 5
-    assert cost_s(view, chain) == pytest.approx(best)
+    chain = spans(hops)
+    assert (chain[0][1], chain[-1][2]) == (asked.start, asked.end)
+    assert cost_s(view, chain, asked) == pytest.approx(best, abs=1e-12)
+    known = {"before": asked.before, "after": asked.after, "penalties_s": asked.penalties_s}
+    assert chain_cost_s(view, hops, **known) == pytest.approx(best, abs=1e-12)
+
+
+def test_a_near_server_is_no_short_cut_to_a_far_one() -> None:
+    far = make_server("far", 0, 6, step_ms=1, round_trip_s=0.2)
+    near = make_server("near", 0, 6, step_ms=100, round_trip_s=0.001)
+    assert spans(choose_chain(make_swarm(far, near), needed_tokens=1)) in (
+        [("near", 0, 6)],
+        [("far", 0, 6)],
+    )
+
+
+def test_ten_thousand_servers_of_a_large_model() -> None:
+    rng = random.Random(1)
+    servers = []
+    for number in range(10_000):
+        start = rng.randrange(126 - 4)
+        others = {f"{rng.randrange(10_000)}": rng.uniform(1, 100) for _ in range(16)}
+        servers.append(
+            make_server(
+                f"{number}",
+                start,
+                min(126, start + rng.randint(4, 40)),
+                step_ms=rng.uniform(1, 100),
+                round_trip_s=rng.choice([None, rng.uniform(0.001, 0.3)]),
+                pairs=others,
+            )
+        )
+    view = make_swarm(*servers, blocks=126)
+    chain = choose_chain(view, needed_tokens=1)
+    assert [hop.start for hop in chain] == [0, *(hop.end for hop in chain[:-1])]
+    assert chain[-1].end == 126
+
+
+@pytest.mark.parametrize(
+    ("better_s", "remaining", "rebuild_s", "moves"),
+    [
+        (0.05, 100, 1.0, True),
+        (0.08, 10_000, 1.0, False),  # not much better
+        (0.05, 10, 1.0, False),  # not for long enough
+        (0.05, 100, 3.0, False),  # too dear
+    ],
+)
+def test_a_session_moves_only_where_it_pays(
+    better_s: float, remaining: int, rebuild_s: float, moves: bool
+) -> None:
+    answer = should_move(
+        current_s=0.1, better_s=better_s, remaining_steps=remaining, rebuild_s=rebuild_s
+    )
+    assert answer is moves
+
+
+def test_an_announcement_with_every_field_is_small() -> None:
+    server = make_server("a", 0, 6, pairs={f"{n}": 1.5 for n in range(16)})
+    body = server.announcement.encode()
+    assert Announcement.decode(body) == server.announcement
+    assert len(body) < MAX_ANNOUNCEMENT_BYTES / 4

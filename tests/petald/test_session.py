@@ -1,105 +1,159 @@
-"""What a hop does with steps in any order: idempotent, in sequence, within what was promised."""
+"""The session's state machine under arbitrary orders of losses, delays, failures, cancellations."""
 
-import pytest
-from hypothesis import given
+from __future__ import annotations
+
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from petald.errors import BadRequest
-from petald.session import HopSession, PassOver, RepeatOutput, RunStep
-
-
-def make_session(length: int = 0, last_number: int = 0) -> HopSession:
-    session = HopSession(max_tokens=32, max_step_tokens=16)
-    if length:
-        session.on_step(number=last_number, position=0, tokens=length)
-        session.on_done(number=last_number, position=0, tokens=length)
-    return session
-
-
-def test_steps_in_order_run() -> None:
-    session = make_session()
-    for number in range(1, 5):
-        decision = session.on_step(number=number, position=number - 1, tokens=1)
-        assert decision == RunStep(truncate_to=number - 1)
-        session.on_done(number=number, position=number - 1, tokens=1)
-    assert session.length == 4
-
-
-def test_the_first_step_may_have_any_number() -> None:
-    session = make_session()
-    assert session.on_step(number=77, position=0, tokens=9) == RunStep(truncate_to=0)
-
-
-def test_a_repeated_step_is_answered_from_the_kept_output() -> None:
-    session = make_session(length=5, last_number=3)
-    assert session.on_step(number=3, position=0, tokens=5) == RepeatOutput()
-    assert session.length == 5
-
-
-def test_a_stale_step_is_passed_over() -> None:
-    session = make_session(length=5, last_number=3)
-    assert session.on_step(number=2, position=0, tokens=5) == PassOver()
-
-
-def test_a_step_may_take_tokens_back() -> None:
-    session = make_session(length=5, last_number=3)
-    assert session.on_step(number=4, position=2, tokens=1) == RunStep(truncate_to=2)
-    session.on_done(number=4, position=2, tokens=1)
-    assert session.length == 3
-
-
-@pytest.mark.parametrize(
-    ("number", "position", "tokens", "said"),
-    [
-        (5, 5, 1, "expected 4"),
-        (4, 6, 1, "only 5 tokens are cached"),
-        (4, 5, 0, "1 to 16"),
-        (4, 5, 17, "1 to 16"),
-        (4, 5, 16, None),
-    ],
+from petald.errors import MissingBlocks
+from petald.routing import choose_chain
+from tests.helpers.session_world import (
+    ListHistory,
+    SimClient,
+    SimServer,
+    World,
+    expected_tokens,
 )
-def test_a_step_that_does_not_fit_is_refused(
-    number: int, position: int, tokens: int, said: str | None
-) -> None:
-    session = make_session(length=5, last_number=3)
-    if said is None:
-        session.on_step(number=number, position=position, tokens=tokens)
-        return
-    with pytest.raises(BadRequest, match=said):
-        session.on_step(number=number, position=position, tokens=tokens)
-    assert session.length == 5
 
+SPANS = [(0, 3), (3, 6), (6, 8), (2, 5), (0, 4), (4, 8)]
+KINDS = ["kill", "hang", "cut servers", "cut client", "cancel", "leave", "propose", "repeat"]
 
-def test_a_step_past_the_promised_room_is_refused() -> None:
-    session = make_session(length=16, last_number=1)
-    session.on_step(number=2, position=16, tokens=16)
-    session.on_done(number=2, position=16, tokens=16)
-    with pytest.raises(BadRequest, match="opened for 32"):
-        session.on_step(number=3, position=32, tokens=1)
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 20), st.booleans()),
-        max_size=60,
-    )
+faults = st.lists(
+    st.tuples(
+        st.sampled_from(KINDS),
+        st.floats(0.1, 8.0),
+        st.integers(0, 20),
+        st.integers(0, 20),
+        st.floats(0.1, 8.0),
+    ),
+    max_size=16,
 )
-def test_any_order_of_steps_keeps_the_length_true(
-    steps: list[tuple[int, int, int, bool]],
-) -> None:
-    session = HopSession(max_tokens=32, max_step_tokens=16)
-    cached: list[int] = []
-    for number, position, tokens, fails in steps:
+
+
+def strike(world: World, kind: str, one: int, other: int, seconds: float) -> None:
+    """Does one thing that goes wrong."""
+    servers = list(world.servers.values())
+    server, second = servers[one % len(servers)], servers[other % len(servers)]
+    client = world.clients[other % len(world.clients)]
+    if kind == "kill" and server.is_alive:
+        world.kill(server)
+        world.at(world.now + 2.0, lambda: world.add_server(server.start, server.end) and None)
+    elif kind == "hang":
+        world.hang(server, seconds)
+    elif kind == "cut servers":
+        world.partition(server.peer, second.peer, seconds)
+    elif kind == "cut client":
+        world.partition(server.peer, client.name, seconds)
+    elif kind == "cancel":
+        client.cancel_all()
+    elif kind == "leave":
+        tell_leaving(server)
+    elif kind == "repeat":
+        client.repeat_last()
+    elif kind == "propose":
+        avoided = {hop.peer for hop in client.session.chain[:1]}
         try:
-            decision = session.on_step(number=number, position=position, tokens=tokens)
-        except BadRequest:
-            continue
-        if isinstance(decision, RunStep):
-            assert decision.truncate_to <= len(cached)
-            del cached[decision.truncate_to :]
-            if fails:
-                session.on_truncated(decision.truncate_to)
-            else:
-                cached += [number] * tokens
-                session.on_done(number=number, position=position, tokens=tokens)
-        assert session.length == len(cached) <= 32
+            chain = choose_chain(world.view(), needed_tokens=1, excluded=avoided)
+        except MissingBlocks:
+            return
+        client.feed("propose", chain)
+
+
+def tell_leaving(server: SimServer) -> None:
+    for hop in list(server.hops.values()):
+        hop.client.answer(hop, "on_leaving")
+
+
+@settings(max_examples=150, deadline=None)
+@example([("kill", 0.3, 0, 0, 1.0), ("kill", 0.31, 1, 0, 1.0)], 5)
+@given(faults, st.integers(0, 1000))
+def test_every_session_ends_with_the_right_tokens(
+    events: list[tuple[str, float, int, int, float]], seed: int
+) -> None:
+    ListHistory.open_histories = 0
+    world = World(8, seed)
+    for start, end in SPANS * 2:
+        world.add_server(start, end)
+    clients = [
+        SimClient(world, tuple(range(number, 40 + number)), 40 + number) for number in range(3)
+    ]
+    for client in clients:
+        world.at(0.1, client.start)
+    for kind, when, one, other, seconds in events:
+        world.at(
+            when,
+            lambda kind=kind, one=one, other=other, seconds=seconds: strike(
+                world, kind, one, other, seconds
+            ),
+        )
+    world.run(150.0)
+    for client in clients:
+        assert client.error is None
+        assert client.is_done
+        assert client.tokens == expected_tokens(8, client.prompt, client.count)
+    world.run(200.0)
+    assert world.open_hops() == 0
+    assert ListHistory.open_histories == 0
+
+
+def test_a_session_whose_blocks_nobody_has_ends_after_its_time() -> None:
+    world = World(8, 1)
+    world.add_server(0, 6)
+    client = SimClient(world, (1, 2, 3), 4, max_wait_s=7.0)
+    client.start()
+    world.run(6.0)
+    assert not client.is_done
+    world.run(8.0)
+    assert isinstance(client.error, MissingBlocks)
+    assert client.error.ranges == ((6, 8),)
+    assert world.open_hops() == 0
+
+
+def test_a_session_goes_on_when_somebody_comes() -> None:
+    world = World(8, 1)
+    world.add_server(0, 6)
+    client = SimClient(world, (1, 2, 3), 4, max_wait_s=20.0)
+    client.start()
+    world.at(9.0, lambda: world.add_server(5, 8) and None)
+    world.run(30.0)
+    assert client.tokens == expected_tokens(8, (1, 2, 3), 4)
+
+
+def test_a_silent_hop_is_noticed_soon_and_a_slow_one_is_not_taken_for_it() -> None:
+    world = World(8, 3)
+    for start, end in [(0, 4), (4, 8)] * 2:
+        world.add_server(start, end)
+    client = SimClient(world, (1, 2, 3), 200)
+    client.start()
+    world.run(1.0)
+    hung = world.servers[client.session.chain[0].peer]
+    world.at(1.0, lambda: world.hang(hung, 60.0))
+    world.run(4.0)
+    (opened, moved) = client.moves
+    assert opened.code == "opened"
+    assert moved.code == "no_answer"
+    assert moved.silent_s < 1.0
+    # A hundred times slower from one step to the next: asked whether it lives, and waited for.
+    slow = world.servers[client.session.chain[1].peer]
+    slow.block_s *= 100
+    world.run(200.0)
+    assert client.is_done
+    assert client.session.counts.probes > 1
+    assert len(client.moves) == 2
+
+
+def test_a_leaving_hop_hands_its_cache_over() -> None:
+    world = World(8, 4)
+    for start, end in [(0, 4), (4, 8)] * 2:
+        world.add_server(start, end)
+    client = SimClient(world, tuple(range(30)), 100)
+    client.start()
+    world.run(1.0)
+    tell_leaving(world.servers[client.session.chain[1].peer])
+    world.run(30.0)
+    assert client.tokens == expected_tokens(8, client.prompt, 100)
+    moved = client.moves[-1]
+    assert moved.code == "leaving"
+    assert moved.handed_over_tokens > 30
+    assert moved.replayed_tokens < 10
+    assert not client.penalties

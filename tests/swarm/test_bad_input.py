@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import struct
@@ -118,7 +117,7 @@ def test_uncovered_blocks_are_named(model_folder: Path) -> None:
         swarm.client() as client,
         pytest.raises(JobError, match="10:20") as caught,
     ):
-        client.generate(prompt="hi").result()
+        client.generate(prompt="hi", max_wait_s=0).result()
     assert caught.value.code == "missing_blocks"
 
 
@@ -130,21 +129,6 @@ def test_a_full_server_is_said(model_folder: Path) -> None:
         swarm.client() as client,
     ):
         with pytest.raises(JobError, match="no room for") as caught:
-            client.generate(prompt="hi", max_new_tokens=299).result()
+            client.generate(prompt="hi", max_new_tokens=299, max_wait_s=0).result()
         assert caught.value.code == "missing_blocks"
         assert client.generate(prompt="hi", max_new_tokens=2).result().tokens
-
-
-def test_a_killed_hop_is_named(model_folder: Path) -> None:
-    with (
-        PrivateSwarm(str(model_folder), spans=even_spans(2), threads=1) as swarm,
-        swarm.client() as client,
-    ):
-        generation = client.generate(prompt=PROMPTS[2], max_new_tokens=400)
-        for _ in zip(range(5), generation, strict=False):
-            pass
-        os.kill(swarm.servers[1].pid, signal.SIGKILL)
-        with pytest.raises(JobError, match="15:30") as caught:
-            generation.result()
-        assert caught.value.code == "hop_failed"
-        wait_until_free(swarm)

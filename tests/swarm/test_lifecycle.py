@@ -199,7 +199,7 @@ def test_an_unknown_key_is_said(flags: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_a_stopped_server_finishes_its_session_and_tells_the_swarm(model_folder: Path) -> None:
+def test_a_stopped_server_that_nobody_replaces_finishes_its_session(model_folder: Path) -> None:
     with (
         PrivateSwarm(str(model_folder), spans=even_spans(2), threads=1) as swarm,
         swarm.client() as client,
