@@ -399,6 +399,7 @@ async def open_libp2p_network(
         muxer_preference="YAMUX",
         sec_opt={NOISE_PROTOCOL: noise},
         disable_identify_address_discovery=True,
+        announce_addrs=[Multiaddr(address) for address in announce] or None,
     )
     dht = KadDHT(host, DHTMode.SERVER, enable_random_walk=False)
     async with (

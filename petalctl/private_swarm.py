@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from kernels.errors import KernelError
 from kernels.model_store import find_model, fingerprint, store_root
@@ -43,6 +43,16 @@ _LONGEST_SOCKET_NAME = "/server-999/petald.sock"
 OnReady = Callable[[DaemonProcess], None]
 
 
+class Links(Protocol):
+    """What carries the connections between the daemons, where they do not dial each other."""
+
+    def place(self, name: str) -> tuple[str, str]:
+        """The address that a daemon is to listen on, and the one that it is to announce."""
+
+    def started(self, name: str, pid: int) -> None:
+        """The daemon runs as this process."""
+
+
 class PrivateSwarm:
     """The swarm; use as a context manager.
 
@@ -53,6 +63,7 @@ class PrivateSwarm:
         threads: of each daemon that computes; none leaves it to the daemon.
         serve: more settings for each server's ``[serve]`` section.
         route: more settings for the router's ``[route]`` section.
+        links: carries the daemons' connections, to make them slow or break them.
         folder: where everything lies; a temporary one, removed at the end, if not given.
         is_kept: the daemons outlive this process, and `__exit__` leaves them running, unless it is
             left by an exception.
@@ -75,6 +86,7 @@ class PrivateSwarm:
         threads: int | None = None,
         serve: Mapping[str, Value] | None = None,
         route: Mapping[str, Value] | None = None,
+        links: Links | None = None,
         folder: Path | None = None,
         is_kept: bool = False,
         on_ready: OnReady = lambda daemon: None,
@@ -86,6 +98,7 @@ class PrivateSwarm:
         self._route: dict[str, Value] = {"models": [self.model], **(route or {})}
         if threads is not None:
             self._serve["threads"] = self._route["threads"] = threads
+        self._links = links
         self._given_folder = folder
         self._is_kept = is_kept
         self._on_ready = on_ready
@@ -208,14 +221,20 @@ class PrivateSwarm:
         sections: Mapping[str, Mapping[str, Value]],
         span: tuple[int, int] | None = None,
     ) -> DaemonProcess:
+        network: dict[str, Value] = {"listen": _LISTEN, "bootstrap": self._bootstrap}
+        if self._links is not None:
+            listen, announce = self._links.place(name)
+            network |= {"listen": [listen], "announce": [announce]}
         config: dict[str, Mapping[str, Value]] = {
             "daemon": {"stop_timeout_s": DAEMON_STOP_TIMEOUT_S},
-            "network": {"listen": _LISTEN, "bootstrap": self._bootstrap},
+            "network": network,
             **sections,
         }
         folder = self.folder / name.replace(" ", "-")
         daemon = DaemonProcess(name, folder, config, span=span, is_kept=self._is_kept)
         self._started.append(daemon)
+        if self._links is not None:
+            self._links.started(name, daemon.pid)
         if self._is_kept:
             save_kept(self.folder, [(each.name, each.pid) for each in self._started])
         return daemon

@@ -70,6 +70,7 @@ log = get_logger(__name__)
 BETTER_PERIOD_S = 10.0
 """Between two looks for a better chain: as often as views change, or less."""
 
+PING_S = 1.0
 LATE_S = 1.0
 SETTLE_S = 0.2
 """After a pause of this whole process, what came meanwhile is read before anybody is judged."""
@@ -450,6 +451,9 @@ class ChainSession:
         if reply is None:
             raise RemoteProtocolError("the stream ended before the answer")
         opened = expect(reply, SessionOpened)
+        if action.cache_from is not None:  # nobody waits; and how near it is decides what is best
+            with trio.move_on_after(PING_S):
+                await self._network.ping(line.at.peer)
         now = trio.current_time()
         self._carry_out(self._machine.on_opened(line.id, opened.max_step_tokens, now))
         async with trio.open_nursery() as nursery:

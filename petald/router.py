@@ -240,7 +240,7 @@ class _ModelChooser:
 
     def prefers_hand_over(self, old: Hop, new: Hop, tokens: int) -> bool:
         view = self._router.known_view(self._model)
-        if view is None:
+        if view is None or not tokens:
             return False
         cost = self._cost(view, old, new)
         return cost.hand_over_s(tokens) < cost.replay_s(tokens)

@@ -616,6 +616,9 @@ class Session:
         elif build.attempts >= MAX_ATTEMPTS and now >= gives_up_at:
             self._end(error)
         else:
+            if build.attempts > 1:
+                waited_s = now - self._halted_at
+                self._actions.append(Waiting(str(error), waited_s, self._settings.max_wait_s))
             self._choose(build)
 
     def _lose_link(self, hop: HopRecord, target: HopRecord, text: str, now: float) -> None:
@@ -708,14 +711,11 @@ class Session:
             build.histories[hop.at.end] = self._settings.make_history()
 
     def _choose_source(self, build: Build, chain: Sequence[Hop]) -> HopRecord | None:
-        """The hop that hands its cache over, where one can, and should."""
+        """The hop that may hand its cache over."""
         if build.code != CODE_LEAVING or build.is_urgent or len(chain) != 1:
             return None
         old = next((hop for hop in self._chain if hop.at.start == build.start), None)
-        if old is None or old.at.end != build.end or not self._committed():
-            return None
-        prefers = self._settings.prefers_hand_over(old.at, chain[0], self._committed())
-        return old if prefers else None
+        return None if old is None or old.at.end != build.end else old
 
     def _advance_build(self, build: Build, now: float) -> None:
         if not build.is_open or build.hand_over is not None:
@@ -723,8 +723,11 @@ class Session:
         if not self._ensure_linked(build.hops, now):
             return
         committed = self._committed()
-        if build.source is not None and committed and not build.done:
+        if build.source is not None and not build.sent:
             source = self._records[build.source]
+            if not self._settings.prefers_hand_over(source.at, build.hops[0].at, committed):
+                build.source = None
+        if build.source is not None and committed and not build.done:
             build.hand_over, build.sent = self._new_id(), committed
             source.requests[build.hand_over] = Request(
                 RequestKind.HAND_OVER, build.hops[0].id, now + HAND_OVER_S
