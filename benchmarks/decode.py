@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +23,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs as a file, from anywhere
+
+from benchmarks.report import describe_machine, spread, write_results
 from kernels.checkpoint import Checkpoint
 from kernels.head import load_ends
 from kernels.kv_cache import CacheArena
@@ -34,7 +34,6 @@ from kernels.span import Segment, load_span
 from petalctl.client import Client
 from petalctl.private_swarm import PrivateSwarm
 
-RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cpu")
 
 
@@ -179,10 +178,6 @@ def open_ways(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Way]
         yield ways
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):6.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def print_table(context: int, samples: dict[str, list[Sample]]) -> None:
     base = [sample.steps_per_s for sample in samples["Hugging Face"]]
     print(f"\nafter {context} tokens of context")
@@ -195,27 +190,6 @@ def print_table(context: int, samples: dict[str, list[Sample]]) -> None:
             f"{name:14} {spread(speeds):>24} {spread(ratios):>24} "
             f"{spread(added) if added else '':>24}"
         )
-
-
-def describe_machine() -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-    }
 
 
 def main() -> int:
@@ -241,22 +215,11 @@ def main() -> int:
                     if round_number:
                         results[context][name].append(sample)
             print_table(context, results[context])
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / "decode.json"
-    file.write_text(
-        json.dumps(
-            {
-                "machine": machine,
-                "arguments": vars(args),
-                "results": {
-                    context: {name: [vars(run) for run in runs] for name, runs in samples.items()}
-                    for context, samples in results.items()
-                },
-            },
-            indent=1,
-        )
-    )
-    print(f"\nwritten to {file}")
+    plain = {
+        context: {name: [vars(run) for run in runs] for name, runs in samples.items()}
+        for context, samples in results.items()
+    }
+    write_results("decode", machine, args, plain)
     return 0
 
 

@@ -34,6 +34,7 @@ class Announcer:
         directory: where to.
         make_announcement: says what holds now.
         rng: spreads the announcements of a swarm that started together.
+        wall_clock: seconds since the epoch; orders the announcements.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Announcer:
         make_announcement: Callable[[], Announcement],
         *,
         rng: random.Random,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        self._wall_clock = wall_clock
         self._directory = directory
         self._make = make_announcement
         self._rng = rng
@@ -77,7 +80,7 @@ class Announcer:
                 directory_key(announcement.model),
                 announcement.encode(),
                 ttl_s=TTL_S,
-                sequence=time.time_ns() // 1_000_000,
+                sequence=int(self._wall_clock() * 1e3),
             )
         except P2PError as error:
             log.warning("announcement failed", code=error.code, reason=str(error))

@@ -388,18 +388,18 @@ class ChainSession:
             self._carry_out(self._machine.on_chain(need.question, chain, trio.current_time()))
 
     async def _keep_time(self) -> None:
+        """Tells the machine that time has passed, when it wants to know."""
         while True:
-            with trio.move_on_at(self._timer_at):
-                await self._timer.wait()
             self._timer = trio.Event()
-            late_s = trio.current_time() - self._timer_at
-            if late_s > LATE_S:
-                await trio.sleep(SETTLE_S)
-            self._timer_at = float("inf")
-            now = trio.current_time()
-            actions = [] if self._machine.next_deadline() > now else self._machine.on_timer(now)
-            self._carry_out(actions)
             self._timer_at = self._machine.next_deadline()
+            with trio.move_on_at(self._timer_at):
+                await self._timer.wait()  # something is wanted earlier
+                continue
+            if trio.current_time() - self._timer_at > LATE_S:
+                await trio.sleep(SETTLE_S)
+            now = trio.current_time()
+            if self._machine.next_deadline() <= now:
+                self._carry_out(self._machine.on_timer(now))
 
     async def _keep_looking(self) -> None:
         """Looks for a better chain from time to time."""

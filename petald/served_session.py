@@ -159,9 +159,9 @@ class ServedSession:
                 reply = ProbeReply(request=item.request, received=self._received)
                 await self.client.send(reply)
             elif isinstance(item, LinkPrevious):
-                await self._expect_pushes_of(item)
+                await self._expect_pushes_of(item, nursery)
             elif isinstance(item, LinkNext):
-                await self._cut_next()  # at once: the worker may wait for a hop that hangs
+                self._cut_next(nursery)  # at once: the worker may wait for a hop that hangs
                 await self._inbox_in.send(item)
             else:
                 nursery.start_soon(self._hand_over, expect(item, HandOver))
@@ -187,23 +187,22 @@ class ServedSession:
 
     # Links.
 
-    async def _expect_pushes_of(self, link: LinkPrevious) -> None:
+    async def _expect_pushes_of(self, link: LinkPrevious, nursery: trio.Nursery) -> None:
         self.previous = link.peer
         stream = self._previous_stream
         if stream is not None and stream.remote_peer != link.peer:
-            await stream.abort()
+            nursery.start_soon(stream.abort)
         await self.client.send(LinkDone(request=link.request))
 
-    async def _cut_next(self) -> None:
+    def _cut_next(self, nursery: trio.Nursery) -> None:
+        """Ends the link to the next hop; nobody waits for it, since that hop may hang."""
         if self._linking is not None:
             self._linking.cancel()
-        if self._next_stream is not None:
-            await self._next_stream.abort()
-
-    async def _link(self, link: LinkNext) -> None:
         stream, self._next_stream = self._next_stream, None
         if stream is not None:
-            await stream.abort()
+            nursery.start_soon(stream.abort)
+
+    async def _link(self, link: LinkNext) -> None:
         self._next_peer = link.peer
         self._network.learn(PeerAddress(link.peer, link.addresses))
         reply: Message = LinkFailed(
@@ -226,6 +225,9 @@ class ServedSession:
                 text = str(error)[:1024]
                 reply = LinkFailed(request=link.request, code=CODE_NEXT_HOP_LOST, text=text)
         self._linking = None
+        if isinstance(reply, LinkFailed) and self._next_stream is not None:
+            await self._next_stream.abort()
+            self._next_stream = None
         await self.client.send(reply)
 
     async def _hand_over(self, item: HandOver) -> None:

@@ -576,6 +576,8 @@ class Session:
         if code in FAULTS:
             self._actions.append(Penalise(hop.peer, code))
         _, times = self._avoid.get(hop.peer, (0.0, 0))
+        if hop.last_output_at:  # it was of use: it may be again
+            times = 0
         avoid_s = max(retry_after_s, min(AVOID_S * 2**times, LONGEST_AVOID_S))
         self._avoid[hop.peer] = (now + avoid_s, min(times + 1, 8))
         at = hop.at
