@@ -18,6 +18,8 @@ import trio
 from p2p.wire.control_messages import (
     ChainHop,
     CloseSession,
+    Drain,
+    Drained,
     Generated,
     GenerateDone,
     Progress,
@@ -119,6 +121,19 @@ class AsyncClient:
             JobError, DaemonUnreachable: there was no answer.
         """
         await self._ask(CloseSession(job=0, session=session), SessionClosed)
+
+    async def drain(self, within_s: float = 60.0, *, undo: bool = False) -> Drained:
+        """Moves the sessions of this daemon's server to others, and takes no new ones.
+
+        Args:
+            within_s: how long they have for it.
+            undo: take sessions again instead.
+
+        Raises:
+            JobError: the daemon serves nothing, or a value is out of bounds.
+            DaemonUnreachable: there was no answer.
+        """
+        return await self._ask(Drain(job=0, within_s=within_s, undo=undo), Drained)
 
     @asynccontextmanager
     async def generate(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from petalctl.errors import CommandError, JobError
 from petalctl.generate_options import add_generate_options
 from petalctl.models import add_model_parser
-from petalctl.option_values import whole_number
+from petalctl.option_values import number, whole_number
 from petalctl.service import add_service_parser
 from petalctl.terminal import give_up_standard_output, neutralise, prepare_standard_streams, tell
 
@@ -106,6 +106,7 @@ def build_parser(*, wants_json: bool = False) -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_reports(commands)
+    _add_drain(commands)
     _add_demo(commands)
     add_model_parser(commands)
     add_service_parser(commands)
@@ -195,6 +196,27 @@ def _add_reports(commands: Subparsers) -> None:
     _add_json(swarm)
     _add_socket(swarm)
     swarm.set_defaults(run=_late("petalctl.reports", "run_swarm"))
+
+
+def _add_drain(commands: Subparsers) -> None:
+    drain = commands.add_parser(
+        "drain",
+        help="let others take over the sessions of this machine's server",
+        description="Take this machine's server out of the swarm without disturbing anybody: its "
+        "sessions move to other servers, and it takes no new ones.",
+        allow_abbrev=False,
+    )
+    drain.add_argument(
+        "--within",
+        type=number(least=0, most=86400),
+        default=60.0,
+        metavar="SECONDS",
+        help="how long the sessions have (default: %(default)g)",
+    )
+    drain.add_argument("--undo", action="store_true", help="take sessions again")
+    _add_json(drain)
+    _add_socket(drain)
+    drain.set_defaults(run=_late("petalctl.reports", "run_drain"))
 
 
 def _add_demo(commands: Subparsers) -> None:

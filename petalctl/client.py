@@ -17,6 +17,8 @@ from p2p.errors import P2PError
 from p2p.wire.control_messages import (
     ChainHop,
     CloseSession,
+    Drain,
+    Drained,
     Generated,
     GenerateDone,
     Progress,
@@ -127,9 +129,23 @@ class Client:
         """
         self._ask(CloseSession(job=0, session=session), SessionClosed)
 
-    def _ask(self, request: Request, kind: type[M]) -> M:
+    def drain(self, within_s: float = 60.0, *, undo: bool = False) -> Drained:
+        """Moves the sessions of this daemon's server to others, and takes no new ones.
+
+        Args:
+            within_s: how long they have for it.
+            undo: take sessions again instead.
+
+        Raises:
+            JobError: the daemon serves nothing, or a value is out of bounds.
+            DaemonUnreachable: there was no answer.
+        """
+        request = Drain(job=0, within_s=within_s, undo=undo)
+        return self._ask(request, Drained, more_s=within_s)
+
+    def _ask(self, request: Request, kind: type[M], *, more_s: float = 0.0) -> M:
         job = self._begin(request)
-        deadline = time.monotonic() + self._answer_timeout_s
+        deadline = time.monotonic() + self._answer_timeout_s + more_s
         try:
             return expect(self._next_answer(job, deadline), kind)
         finally:

@@ -17,6 +17,8 @@ from p2p.wire.control_messages import (
     MAX_CONTROL_FRAME_BYTES,
     Cancel,
     CloseSession,
+    Drain,
+    Drained,
     Generate,
     Generated,
     GenerateDone,
@@ -32,8 +34,8 @@ from p2p.wire.frame import HEADER_BYTES, FrameParser
 from p2p.wire.message import Message, decode_message, encode_message
 from petalctl.errors import CommandError, ConnectionLost, DaemonUnreachable, JobError
 
-Request = StatusRequest | SwarmRequest | Generate | CloseSession
-Answer = StatusReport | SwarmReport | Progress | Generated | GenerateDone | SessionClosed
+Request = StatusRequest | SwarmRequest | Generate | CloseSession | Drain
+Answer = StatusReport | SwarmReport | Progress | Generated | GenerateDone | SessionClosed | Drained
 
 _PIECES: dict[type[Message], tuple[type[Message], ...]] = {Generate: (Progress, Generated)}
 _RESULTS: dict[type[Message], type[Message]] = {
@@ -41,6 +43,7 @@ _RESULTS: dict[type[Message], type[Message]] = {
     SwarmRequest: SwarmReport,
     Generate: GenerateDone,
     CloseSession: SessionClosed,
+    Drain: Drained,
 }
 
 

@@ -28,6 +28,7 @@ from p2p.wire.control_messages import (
     MAX_CONTROL_FRAME_BYTES,
     Cancel,
     CloseSession,
+    Drain,
     Generate,
     JobFailed,
     SessionClosed,
@@ -56,7 +57,7 @@ Send = Callable[[Message], Awaitable[None]]
 class Jobs:
     """What the control socket can be asked to do; made by the daemon.
 
-    Attributes are the daemon's parts: two coroutines that report, and a maker of generations.
+    Attributes are the daemon's parts: coroutines that report and drain, and a maker of generations.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class Jobs:
         report_status: Callable[[int], Awaitable[Message]],
         report_swarm: Callable[[SwarmRequest], Awaitable[Message]],
         make_generation: Callable[[Generate, Send], Awaitable[GenerationJob]],
+        drain: Callable[[Drain], Awaitable[Message]],
     ) -> None:
         self.report_status = report_status
         self.report_swarm = report_swarm
         self.make_generation = make_generation
+        self.drain = drain
         self.running = 0
 
 
@@ -180,7 +183,7 @@ async def _take_request(connection: _Connection, request: Message, jobs: Jobs) -
         if scope is not None:
             scope.cancel()
         return
-    if not isinstance(request, StatusRequest | SwarmRequest | Generate | CloseSession):
+    if not isinstance(request, StatusRequest | SwarmRequest | Generate | CloseSession | Drain):
         raise RemoteProtocolError(f"{request.MESSAGE_NAME!r} is no request")
     if request.job in connection.jobs:
         raise RemoteProtocolError(f"job {request.job} runs already on this connection")
@@ -194,7 +197,7 @@ async def _take_request(connection: _Connection, request: Message, jobs: Jobs) -
 
 async def _run_job(
     connection: _Connection,
-    request: StatusRequest | SwarmRequest | Generate | CloseSession,
+    request: StatusRequest | SwarmRequest | Generate | CloseSession | Drain,
     scope: trio.CancelScope,
     jobs: Jobs,
 ) -> None:
@@ -219,7 +222,7 @@ async def _run_job(
 
 async def _do_job(
     connection: _Connection,
-    request: StatusRequest | SwarmRequest | Generate | CloseSession,
+    request: StatusRequest | SwarmRequest | Generate | CloseSession | Drain,
     jobs: Jobs,
 ) -> None:
     if isinstance(request, StatusRequest):
@@ -228,6 +231,8 @@ async def _do_job(
         await connection.send(await jobs.report_swarm(request))
     elif isinstance(request, Generate):
         await _generate(connection, request, jobs)
+    elif isinstance(request, Drain):
+        await connection.send(await jobs.drain(request))
     else:
         kept = connection.kept.pop(request.session, None)
         if kept is not None:

@@ -18,11 +18,12 @@ import trio
 from p2p.directory import Directory
 from p2p.identity import load_or_create_identity
 from p2p.libp2p_network import open_libp2p_network
-from p2p.wire.control_messages import Generate
+from p2p.wire.control_messages import Drain, Drained, Generate
 from petald.announcer import Announcer
 from petald.config import Config
 from petald.control import Jobs, Send, open_control_socket, serve_control
 from petald.devices import parse_device, parse_dtype
+from petald.errors import BadRequest
 from petald.executor import Executor, open_executor
 from petald.generation import GenerationJob
 from petald.local_model import LocalModels
@@ -38,6 +39,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 MEASURE_PERIOD_S = 60.0
 """Between two rounds of pings to a model's servers."""
+
+FIRST_MEASURE_S = 5.0
+"""A server's first round, by chance within this: those that start together know each other then."""
 
 
 async def run_daemon(config: Config) -> None:
@@ -82,6 +86,7 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
             )
             announcer = Announcer(directory, serving.make_announcement, rng=rng)
             await nursery.start(announcer.run)
+            nursery.start_soon(_keep_measuring_next_hops, serving, router, announcer, rng)
         for name in config.route.models:
             await models.load(name)
             nursery.start_soon(_keep_measuring, router, models, name)
@@ -102,7 +107,23 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
                 ),
             )
 
+        async def drain(request: Drain) -> Drained:
+            if serving is None:
+                raise BadRequest("this daemon serves no blocks; there is nothing to drain")
+            server = serving.server
+            before = server.sessions
+            if request.undo:
+                server.accept_again()
+                announcer.announce_soon()
+            else:
+                server.stop_accepting()
+                await announcer.withdraw()
+                await server.drain(deadline_s=request.within_s)
+            log.info("taken back" if request.undo else "drained", sessions=server.sessions)
+            return Drained(job=request.job, sessions=before, left=server.sessions)
+
         jobs = Jobs(
+            drain=drain,
             report_status=reporter.report_status,
             report_swarm=reporter.report_swarm,
             make_generation=make_generation,
@@ -162,6 +183,16 @@ async def _open_executors(config: Config) -> AsyncIterator[tuple[Executor, Execu
             return
         async with open_executor(name="cpu") as local_executor:
             yield device_executor, local_executor
+
+
+async def _keep_measuring_next_hops(
+    serving: Serving, router: Router, announcer: Announcer, rng: random.Random
+) -> None:
+    await trio.sleep(rng.uniform(0, FIRST_MEASURE_S))
+    while True:
+        await serving.measure_next_hops(router, rng)
+        announcer.announce_soon()
+        await trio.sleep(MEASURE_PERIOD_S * rng.uniform(0.8, 1.2))
 
 
 async def _keep_measuring(router: Router, models: LocalModels, name: str) -> None:

@@ -49,6 +49,11 @@ class HostedSpan:
         self.decode_steps = 0
         self.prefill_steps = 0
 
+    @property
+    def mean_queue_s(self) -> float:
+        """How long decode steps waited lately for the device."""
+        return self._executor.mean_queue_s
+
     async def open_cache(self, max_tokens: int) -> SequenceCache:
         """Promises room for a session.
 

@@ -45,6 +45,7 @@ choice at first, and like others again after some minutes, when its announcement
 gone."""
 
 PING_DEADLINE_S = 2.0
+MAX_PINGED = 64
 MAX_PENALISED = 4096
 
 
@@ -183,18 +184,24 @@ class Router:
 
     async def measure_round_trips(self, model: ModelIdentity) -> None:
         """Pings the servers of a model, all at once, for the next views."""
+        view = await self.read_view(model)
+        await self.ping_all([server.peer for server in view.servers[:MAX_PINGED]])
+        self._views.pop(model.fingerprint, None)
+
+    async def ping_all(self, peers: Sequence[str]) -> None:
+        """Measures the round trips to some peers, all at once; those that do not answer are left.
+
+        A server that is gone disappears from the directory by itself.
+        """
 
         async def ping(peer: str) -> None:
-            # A server that is gone disappears from the directory by itself.
             with trio.move_on_after(PING_DEADLINE_S), contextlib.suppress(P2PError):
                 await self._network.ping(peer)
 
-        view = await self.read_view(model)
         async with trio.open_nursery() as nursery:
-            for server in view.servers[:64]:
-                if server.peer != self._network.peer:
-                    nursery.start_soon(ping, server.peer)
-        self._views.pop(model.fingerprint, None)
+            for peer in peers:
+                if peer != self._network.peer:
+                    nursery.start_soon(ping, peer)
 
     def _penalty_s(self, peer: str, now: float) -> float:
         seconds, since = self._penalties.get(peer, (0.0, now))

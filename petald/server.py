@@ -95,6 +95,10 @@ class Server:
         """Refuses new sessions from now on."""
         self._is_draining = True
 
+    def accept_again(self) -> None:
+        """Takes new sessions again."""
+        self._is_draining = False
+
     async def drain(self, *, deadline_s: float, idle_s: float = IDLE_S) -> None:
         """Asks the clients to move their sessions, and waits until they have; refuses new ones.
 

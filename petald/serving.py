@@ -6,7 +6,7 @@ import importlib.metadata
 import random
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -25,7 +25,7 @@ from petald.notify import notify_status
 from petald.placement import MEMORY_SHARE, choose_span, count_fitting_blocks, parse_blocks
 from petald.router import Router
 from petald.server import Server
-from petald.swarm import Announcement, ServerState
+from petald.swarm import Announcement, RoundTripTo, ServerState, choose_next_hops, peer_digest
 from petald.throughput import measure_step_ms
 
 log = get_logger(__name__)
@@ -39,6 +39,7 @@ class Serving:
 
     Attributes:
         step_ms: of a decode step through the span, measured at the start.
+        next_hops: the peers to which round trips are announced.
     """
 
     identity: ModelIdentity
@@ -46,6 +47,7 @@ class Serving:
     server: Server
     network: Network
     step_ms: float
+    next_hops: list[str] = field(default_factory=list)
 
     def make_announcement(self) -> Announcement:
         """What this server says of itself now."""
@@ -57,11 +59,28 @@ class Serving:
             end=span.end,
             state=state,
             step_ms=round(self.step_ms, 3),
+            queue_ms=round(self.hosted.mean_queue_s * 1e3, 1),
+            round_trips=self._round_trips(),
             cache_tokens=arena.capacity_tokens,
             free_cache_tokens=arena.free_tokens,
             dtype=dtype_name(span.dtype),
             version=VERSION,
             addresses=self.network.addresses[:16],
+        )
+
+    async def measure_next_hops(self, router: Router, rng: random.Random) -> None:
+        """Measures the way to those servers that a session here is likely to go on to."""
+        view = await router.read_view(self.identity)
+        chosen = choose_next_hops(view, self.hosted.span.end, own=self.network.peer, rng=rng)
+        await router.ping_all(chosen)
+        self.next_hops[:] = chosen
+
+    def _round_trips(self) -> tuple[RoundTripTo, ...]:
+        measured = [(peer, self.network.round_trip_s(peer)) for peer in self.next_hops]
+        return tuple(
+            RoundTripTo(peer=peer_digest(peer), ms=round(seconds * 1e3, 2))
+            for peer, seconds in measured
+            if seconds is not None
         )
 
 

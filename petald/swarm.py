@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -290,6 +291,20 @@ def missing_ranges(coverage: Sequence[int]) -> list[tuple[int, int]]:
 def format_ranges(ranges: Sequence[tuple[int, int]]) -> str:
     """Ranges as people write spans: ``0:10, 20:30``."""
     return ", ".join(f"{start}:{end}" for start, end in ranges)
+
+
+def choose_next_hops(view: SwarmView, end: int, *, own: str, rng: random.Random) -> list[str]:
+    """The peers that a session is likely to go on to after a span that ends at a block.
+
+    At most as many as an announcement has room for, by chance, so that all pairs are measured by
+    some in a swarm that is larger.
+    """
+    fitting = [
+        server.peer
+        for server in view.servers
+        if server.is_serving and server.peer != own and server.start <= end < server.end
+    ]
+    return sorted(rng.sample(fitting, min(len(fitting), MAX_ROUND_TRIPS)))
 
 
 def directory_key(model: bytes) -> bytes:

@@ -365,3 +365,34 @@ class SessionClosed(Message):
     """A kept session is gone from every hop."""
 
     job: JobNumber
+
+
+@message("drain")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drain(Message):
+    """Takes this daemon's server out of the swarm, or back into it; answered with `Drained`.
+
+    Attributes:
+        within_s: how long sessions have to move; those that are left are cut off by nobody, and go
+            on until the daemon stops.
+        undo: take sessions again instead.
+    """
+
+    job: JobNumber
+    within_s: Seconds = 60.0
+    undo: bool = False
+
+
+@message("drained")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drained(Message):
+    """How far it went.
+
+    Attributes:
+        sessions: that were open when it began.
+        left: that are open still.
+    """
+
+    job: JobNumber
+    sessions: Count
+    left: Count

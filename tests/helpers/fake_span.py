@@ -83,6 +83,7 @@ class FakeHostedSpan:
         self.arena = FakeArena(capacity)
         self.block_s = block_s
         self.most_waiting = 0
+        self.mean_queue_s = 0.0
         self._device = trio.Lock()
 
     async def open_cache(self, max_tokens: int) -> FakeCache:
@@ -135,7 +136,10 @@ class FakeHostedSpan:
         tokens = hidden_SD.shape[0]
         self.most_waiting = max(self.most_waiting, self._device.statistics().tasks_waiting + 1)
         seconds = self.block_s * (end - start) * (1 + tokens / 32)
+        queued_at = trio.current_time()
         async with self._device:
+            queue_s = trio.current_time() - queued_at
+            self.mean_queue_s += (queue_s - self.mean_queue_s) / 8
             await trio.sleep(seconds)
         outputs = []
         first = start - self.span.start

@@ -79,6 +79,7 @@ class SimulatedServer:
             end=span.end,
             state=ServerState.LEAVING if is_leaving else ServerState.SERVING,
             step_ms=self.hosted.block_s * (span.end - span.start) * 1e3,
+            queue_ms=self.hosted.mean_queue_s * 1e3,
             cache_tokens=self.hosted.arena.capacity_tokens,
             free_cache_tokens=self.hosted.arena.free_tokens,
             dtype="float32",
@@ -142,7 +143,9 @@ class SimulatedSwarm:
         while True:
             await trio.sleep(self.rng.expovariate(1 / 1.5))
             alive = [server for server in self.servers if server.is_alive]
-            server, other = self.rng.sample(alive, 2)
+            busy = [server for server in alive if server.server.sessions]
+            server = self.rng.choice(busy if busy and self.rng.random() < 0.7 else alive)
+            other = self.rng.choice([each for each in alive if each is not server])
             peer = server.network.peer
             kind = self.rng.choice(["kill", "hang", "cut", "slow", "leave"])
             if kind == "kill":
