@@ -92,30 +92,48 @@ class Bench:
             self.links.break_connections(self.at_hop(generation, hop).name)
 
 
-def run_petald(bench: Bench, length: int, failures: Failures) -> float:
-    prompt = bench.prompt(PROMPT_TOKENS)
+@dataclass(frozen=True)
+class Text:
+    """A prompt that the model does not stop to continue, and what it makes of it undisturbed."""
+
+    prompt: list[int]
+    tokens: tuple[int, ...]
+
+
+def find_text(bench: Bench, length: int) -> Text:
+    for seed in range(50):
+        prompt = bench.prompt(PROMPT_TOKENS, seed)
+        done = bench.client.generate(prompt_tokens=prompt, max_new_tokens=length + 1).result()
+        if len(done.tokens) == length + 1:
+            return Text(prompt, done.tokens)
+    raise SystemExit(f"the model ends every text before {length} tokens; try other lengths")
+
+
+def run_petald(bench: Bench, text: Text, length: int, failures: Failures) -> float:
+    prompt = text.prompt
     generation = bench.client.generate(prompt_tokens=prompt, max_new_tokens=length + 1)
     first_at = 0.0
     for _ in generation:
         step = len(generation.tokens) - 1
         first_at = first_at or time.perf_counter()
         bench.fail(generation, failures.get(step, []))
-    check_length(generation, length + 1)
+    if generation.tokens != text.tokens:
+        raise SystemExit("the tokens are not those of the undisturbed run")
     return length / (time.perf_counter() - first_at)
 
 
-def run_restart(bench: Bench, length: int, failures: Failures) -> float:
-    text = bench.prompt(PROMPT_TOKENS)
+def run_restart(bench: Bench, text: Text, length: int, failures: Failures) -> float:
+    so_far = list(text.prompt)
     failures = dict(failures)
     first_at = 0.0
     made = 0
     while made < length + 1:
-        generation = bench.client.generate(prompt_tokens=text, max_new_tokens=length + 1 - made)
+        generation = bench.client.generate(prompt_tokens=so_far, max_new_tokens=length + 1 - made)
         told = 0
         for _ in generation:
             fresh = generation.tokens[told:]
             told += len(fresh)
-            text += fresh
+            so_far += fresh
             made += len(fresh)
             first_at = first_at or time.perf_counter()
             hops = failures.pop(made - 1, None)
@@ -123,7 +141,8 @@ def run_restart(bench: Bench, length: int, failures: Failures) -> float:
                 bench.fail(generation, hops)
                 break
         else:
-            check_length(generation, told)
+            if made < length + 1:
+                raise SystemExit(f"after a restart the model ended after {made} tokens")
         generation.close()
     return length / (time.perf_counter() - first_at)
 
@@ -139,22 +158,15 @@ def run_without_cache(bench: Bench, length: int, probability: float, samples: in
     return 1 / (statistics.mean(times_s) * tries)
 
 
-def check_length(generation: Generation, tokens: int) -> None:
-    if len(generation.tokens) < tokens:
-        raise SystemExit(
-            f"the model ended after {len(generation.tokens)} tokens; try other lengths"
-        )
-
-
 def measure_speeds(bench: Bench, length: int, rounds: int) -> dict[str, dict[float, list[float]]]:
     speeds: dict[str, dict[float, list[float]]] = {
         name: {p: [] for p in PROBABILITIES} for name in ("petald", "restart", "no cache")
     }
-    run_petald(bench, 32, {})
+    text = find_text(bench, length)
     for round_number, p in itertools.product(range(rounds), PROBABILITIES):
         failures = draw_failures(length, p, round_number)
-        speeds["petald"][p].append(run_petald(bench, length, failures))
-        speeds["restart"][p].append(run_restart(bench, length, failures))
+        speeds["petald"][p].append(run_petald(bench, text, length, failures))
+        speeds["restart"][p].append(run_restart(bench, text, length, failures))
         speeds["no cache"][p].append(run_without_cache(bench, length, p))
     return speeds
 

@@ -30,15 +30,12 @@ from petald.local_model import LocalModels
 from petald.log import get_logger
 from petald.notify import notify_ready, notify_stopping
 from petald.reports import Reporter
-from petald.router import Router
+from petald.router import MEASURE_PERIOD_S, Router
 from petald.serving import Serving, load_serving
 
 log = get_logger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-MEASURE_PERIOD_S = 60.0
-"""Between two rounds of pings to a model's servers."""
 
 FIRST_MEASURE_S = 5.0
 """A server's first round, by chance within this: those that start together know each other then."""
@@ -89,7 +86,7 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
             nursery.start_soon(_keep_measuring_next_hops, serving, router, announcer, rng)
         for name in config.route.models:
             await models.load(name)
-            nursery.start_soon(_keep_measuring, router, models, name)
+            nursery.start_soon(router.keep_fresh, await models.identify(name))
         reporter = Reporter(config, network=network, router=router, models=models, serving=serving)
 
         async def make_generation(request: Generate, send: Send) -> GenerationJob:
@@ -193,10 +190,3 @@ async def _keep_measuring_next_hops(
         await serving.measure_next_hops(router, rng)
         announcer.announce_soon()
         await trio.sleep(MEASURE_PERIOD_S * rng.uniform(0.8, 1.2))
-
-
-async def _keep_measuring(router: Router, models: LocalModels, name: str) -> None:
-    identity = await models.identify(name)
-    while True:
-        await router.measure_round_trips(identity)
-        await trio.sleep(MEASURE_PERIOD_S)

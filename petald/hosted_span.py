@@ -54,6 +54,11 @@ class HostedSpan:
         """How long decode steps waited lately for the device."""
         return self._executor.mean_queue_s
 
+    @property
+    def queued_tokens(self) -> int:
+        """Rows that wait for the device now."""
+        return self._executor.queued_tokens
+
     async def open_cache(self, max_tokens: int) -> SequenceCache:
         """Promises room for a session.
 

@@ -7,6 +7,7 @@ memory of who failed lately.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import trio
@@ -17,7 +18,7 @@ from p2p.network import Network, PeerAddress
 from petald.announcer import TTL_S
 from petald.chain_client import ChainModel, ChainSession, News
 from petald.config import RouteConfig
-from petald.errors import MissingBlocks
+from petald.errors import MissingBlocks, PetaldError
 from petald.history import HistoryStore
 from petald.local_model import ModelIdentity
 from petald.log import get_logger
@@ -31,7 +32,14 @@ log = get_logger(__name__)
 VIEW_AGE_S = 5.0
 """A view is read again when it is older: a third of the time between two announcements."""
 
-REPAIR_VIEW_AGE_S = 30.0
+MEASURE_PERIOD_S = 60.0
+"""Between two rounds of pings to a model's servers."""
+
+FRESH_PERIOD_S = 12.0
+"""Between two readings of the view while sessions are open: a little less than servers take to
+announce themselves again."""
+
+REPAIR_VIEW_AGE_S = 40.0
 RETRY_VIEW_AGE_S = 0.5
 """A session that stands still because a hop died does not wait for the directory, of which that
 hop may be a part; only when what was known is of no use."""
@@ -64,6 +72,7 @@ class Router:
         self._config = config
         self._histories = HistoryStore(limit_bytes=config.history_bytes)
         self._views: dict[bytes, tuple[float, SwarmView]] = {}
+        self._sessions = 0
         self._penalties: dict[str, tuple[float, float]] = {}
 
     async def read_view(self, model: ModelIdentity, *, max_age_s: float = VIEW_AGE_S) -> SwarmView:
@@ -141,10 +150,19 @@ class Router:
             prefers_hand_over=chooser.prefers_hand_over,
             on_news=on_news,
         )
-        error = await nursery.start(session.run)
+        error = await nursery.start(self._run, session)
         if error is not None:
             raise error
         return session
+
+    async def _run(
+        self, session: ChainSession, *, task_status: trio.TaskStatus[PetaldError | None]
+    ) -> None:
+        self._sessions += 1
+        try:
+            await session.run(task_status=task_status)
+        finally:
+            self._sessions -= 1
 
     async def choose(self, model: ModelIdentity, need: NeedChain) -> tuple[Hop, ...]:
         """Servers for some blocks, by the newest view if an older one does not do.
@@ -183,10 +201,21 @@ class Router:
         self._penalties[peer] = (min(self._penalty_s(peer, now) + PENALTY_S, MAX_PENALTY_S), now)
 
     async def measure_round_trips(self, model: ModelIdentity) -> None:
-        """Pings the servers of a model, all at once, for the next views."""
+        """Pings the servers of a model, all at once, and reads the view with what was measured."""
         view = await self.read_view(model)
         await self.ping_all([server.peer for server in view.servers[:MAX_PINGED]])
-        self._views.pop(model.fingerprint, None)
+        await self.read_view(model, max_age_s=0.0)
+
+    async def keep_fresh(self, model: ModelIdentity) -> None:
+        """Keeps view and round trips of a model at hand, so that no repair waits for them."""
+        measured_at = -math.inf
+        while True:
+            if trio.current_time() - measured_at >= MEASURE_PERIOD_S:
+                await self.measure_round_trips(model)
+                measured_at = trio.current_time()
+            elif self._sessions:
+                await self.read_view(model, max_age_s=FRESH_PERIOD_S / 2)
+            await trio.sleep(FRESH_PERIOD_S)
 
     async def ping_all(self, peers: Sequence[str]) -> None:
         """Measures the round trips to some peers, all at once; those that do not answer are left.

@@ -104,6 +104,7 @@ class ServedSession:
         self._next_peer: str | None = None
         self._previous_stream: MessageStream | None = None
         self._linking: trio.CancelScope | None = None
+        self._is_handing_over = False
         self._last_output: tuple[Step, torch.Tensor, tuple[HopTime, ...]] | None = None
 
     async def run(self) -> None:
@@ -231,6 +232,13 @@ class ServedSession:
         await self.client.send(reply)
 
     async def _hand_over(self, item: HandOver) -> None:
+        if self._is_handing_over:
+            text = "another hand-over of this session is under way"
+            await self.client.send(
+                LinkFailed(request=item.request, code=CODE_HAND_OVER_FAILED, text=text)
+            )
+            return
+        self._is_handing_over = True
         try:
             await send_cache(
                 item,
@@ -246,6 +254,8 @@ class ServedSession:
             )
         else:
             await self.client.send(LinkDone(request=item.request))
+        finally:
+            self._is_handing_over = False
 
     # Steps.
 

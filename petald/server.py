@@ -39,6 +39,10 @@ HELLO_DEADLINE_S = 10.0
 
 RETRY_AFTER_S = 5.0
 
+MAX_QUEUED_STEPS = 16
+"""Longest steps that may wait for the device before new sessions are sent elsewhere: at a second
+each on a slow machine, they would wait for a quarter of a minute."""
+
 FAIR_SHARE = 4
 """One in so many sessions is kept from a peer that has all the others, for those who have none."""
 
@@ -223,6 +227,9 @@ class Server:
         taken = len(self._sessions) + self._opening.total()
         if taken >= most:
             text = f"all {most} sessions of this server are taken"
+            raise _RefusedSession("overloaded", text, RETRY_AFTER_S)
+        if self._hosted.queued_tokens > MAX_QUEUED_STEPS * self._config.max_step_tokens:
+            text = f"{self._hosted.queued_tokens} tokens wait for the device already"
             raise _RefusedSession("overloaded", text, RETRY_AFTER_S)
         own = self._opening[peer] + sum(
             session.client.remote_peer == peer for session in self._sessions.values()

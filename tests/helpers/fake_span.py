@@ -86,6 +86,10 @@ class FakeHostedSpan:
         self.mean_queue_s = 0.0
         self._device = trio.Lock()
 
+    @property
+    def queued_tokens(self) -> int:
+        return self._device.statistics().tasks_waiting
+
     async def open_cache(self, max_tokens: int) -> FakeCache:
         await trio.lowlevel.checkpoint()
         if max_tokens > self.arena.free_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,8 +16,21 @@ import trio.testing
 from kernels.checkpoint import Checkpoint
 from kernels.kv_cache import CacheArena
 from kernels.span import load_span
+from p2p.errors import Refused, StreamBroken
 from p2p.memory_network import MemoryHub, MemoryNetwork, open_memory_hub
-from p2p.wire.session_messages import PUSH_PROTOCOL, Wanted
+from p2p.rpc import MessageStream
+from p2p.wire.message import Message
+from p2p.wire.replies import Ok, Refusal
+from p2p.wire.session_messages import (
+    PUSH_PROTOCOL,
+    SESSION_PROTOCOL,
+    AttachCache,
+    AttachPush,
+    CacheRows,
+    OpenSession,
+    SessionOpened,
+    Wanted,
+)
 from p2p.wire.tensor import WireTensor
 from petald.chain_client import ChainModel, ChainSession
 from petald.config import ServeConfig
@@ -341,10 +355,6 @@ async def test_a_closed_session_says_so(checkpoint: Checkpoint) -> None:
 
 
 async def test_pushes_of_a_stranger_are_refused(checkpoint: Checkpoint) -> None:
-    from p2p.rpc import MessageStream
-    from p2p.wire.replies import Refusal
-    from p2p.wire.session_messages import AttachPush
-
     async with open_swarm(checkpoint, (0, 2), (2, 4)) as swarm:
         session = await swarm.open()
         stranger = swarm.hub.make_network("stranger")
@@ -365,3 +375,85 @@ async def test_a_server_drains_when_its_sessions_are_idle(
         with trio.fail_after(10):
             await swarm.servers[0].drain(deadline_s=60, idle_s=0.05)
         assert session.is_open
+
+
+async def test_one_peer_does_not_get_every_session(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, (0, 4)) as swarm:
+        for _ in range(CONFIG.max_sessions - CONFIG.max_sessions // 4):
+            await swarm.open()
+        with pytest.raises(Refused, match="for others"):
+            await open_raw(swarm, swarm.client)
+        other = swarm.hub.make_network("other client")
+        assert isinstance(await open_raw(swarm, other), SessionOpened)
+        with pytest.raises(Refused, match="sessions of this server are taken") as caught:
+            await open_raw(swarm, swarm.hub.make_network("third client"))
+        assert caught.value.remote_code == "overloaded"
+        assert caught.value.retry_after_s > 0
+
+
+async def test_a_cache_is_taken_only_from_the_peer_that_was_named(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, (0, 4)) as swarm:
+        session = await swarm.open()
+        (line,) = session._lines.values()
+        stranger = swarm.hub.make_network("stranger")
+        stream = await stranger.open_stream(swarm.networks[0].peer, PUSH_PROTOCOL)
+        async with MessageStream(stream) as messages:
+            await messages.send(AttachCache(session=line.session, tokens=3))
+            assert isinstance(await messages.receive(), Refusal)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["order", "shape", "dtype", "nan", "cut"],
+)
+async def test_a_damaged_cache_is_not_taken(checkpoint: Checkpoint, damage: str) -> None:
+    async with open_swarm(checkpoint, (0, 4)) as swarm:
+        leaver = swarm.hub.make_network("leaver")
+        session = os.urandom(16)
+        stream = await swarm.client.open_stream(swarm.networks[0].peer, SESSION_PROTOCOL)
+        client = MessageStream(stream)
+        await client.send(
+            OpenSession(
+                session=session, model=MODEL, start=0, end=4, max_tokens=9, cache_from=leaver.peer
+            )
+        )
+        assert isinstance(await client.receive(), SessionOpened)
+        served = swarm.servers[0]._sessions[session]
+        heads, head_size = served.cache.shape
+        rows_KTH = torch.zeros(heads, 3, head_size)
+        if damage == "nan":
+            rows_KTH[0, 1, 0] = float("nan")
+        dtype = torch.bfloat16 if damage == "dtype" else torch.float32
+        data = bytes(rows_KTH.to(dtype).view(torch.uint8).numpy())
+        shape = (heads, 3, head_size) if damage != "shape" else (heads * 3, 1, head_size)
+        tensor = WireTensor(str(dtype).removeprefix("torch."), shape, data)
+        rows = CacheRows(block=int(damage == "order"), position=0, keys=tensor, values=tensor)
+        push = await leaver.open_stream(swarm.networks[0].peer, PUSH_PROTOCOL)
+        messages = MessageStream(push)
+        await messages.send(AttachCache(session=session, tokens=3))
+        assert isinstance(await messages.receive(), Ok)
+        if damage != "cut":
+            await messages.send(rows)
+            with pytest.raises(StreamBroken):
+                await messages.receive()
+        await messages.abort()
+        with trio.fail_after(10):
+            while served.cache.length:  # noqa: ASYNC110  # nothing tells of it
+                await trio.sleep(0.005)
+        assert served.state.length == 0
+        await client.abort()
+        await swarm.wait_free()
+
+
+async def open_raw(swarm: Swarm, network: MemoryNetwork) -> Message:
+    """Opens a session at the first server, by hand, and leaves it open."""
+    stream = await network.open_stream(swarm.networks[0].peer, SESSION_PROTOCOL)
+    messages = MessageStream(stream)
+    await messages.send(
+        OpenSession(session=os.urandom(16), model=MODEL, start=0, end=4, max_tokens=9)
+    )
+    reply = await messages.receive()
+    assert reply is not None
+    if isinstance(reply, Refusal):
+        raise Refused(messages.remote_peer, reply.code, reply.text, reply.retry_after_s)
+    return reply

@@ -84,3 +84,17 @@ def test_reading_warns_of_nothing():
         "device=torch.device('cpu'))\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_each_codec_crosses_the_wire(codec):
+    hidden = torch.randn(3, 4)
+    sent = to_wire(hidden, codec)
+    came = decode_tensor(encode_tensor_header(sent) + bytes(sent.data))
+    torch.testing.assert_close(read(came), hidden, rtol=0, atol=0.05)
+
+
+def test_encoded_rows_of_the_wrong_length_are_refused():
+    sent = to_wire(torch.randn(3, 4), "int8")
+    with pytest.raises(RemoteProtocolError, match="3 rows take 18"):
+        read(WireTensor(sent.dtype, sent.shape, bytes(sent.data) + b"x", "int8"))
