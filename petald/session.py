@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from p2p.wire.session_messages import HopTime, Wanted
+from p2p.wire.session_messages import HopTime
 from p2p.wire.tensor import WireTensor
 from petald.errors import BadRequest, HopFailed, MissingBlocks, PetaldError
 from petald.routing import Hop
@@ -38,13 +38,13 @@ from petald.session_actions import (
     SendLinkNext,
     SendLinkPrevious,
     SendProbe,
-    SendStep,
     StepDone,
     StepLost,
     StepResultRows,
     Waiting,
 )
 from petald.session_build import Build, Stage
+from petald.session_flow import MAX_IN_FLIGHT, REPLAY_TOKENS, Flow
 from petald.session_hop import (
     LONGEST_ALLOWANCE_S,
     PROBE_S,
@@ -65,13 +65,6 @@ LINK_S = 5.0
 HAND_OVER_S = 60.0
 """For a cache on its way from hop to hop; meanwhile the old one serves."""
 
-MAX_IN_FLIGHT = 8
-"""Steps of one route under way: more than most chains have hops, so that none waits idle. A
-server takes twice as many before it stops reading."""
-
-REPLAY_TOKENS = 128
-"""As for prefill: hops overlap, and products of matrices are bound by arithmetic."""
-
 SWITCH_TOKENS = 64
 """A build beside running hops takes over when so few tokens are left to replay: less than the
 session decodes while they are."""
@@ -85,9 +78,6 @@ LONGEST_AVOID_S = 30.0
 
 MAX_ATTEMPTS = 8
 """Choices that come to nothing before a session is given up whose user does not want to wait."""
-
-MAX_UNCOPIED = 256
-"""Steps whose copies have not all come, before the hop that keeps them back is given up."""
 
 LAG_S = 1.0
 """A timer that comes so late tells of a pause of this process, not of the hops' silence."""
@@ -110,33 +100,6 @@ FAULTS = frozenset(
     }
 )
 """Failures that are held against a peer. A refusal is not, nor is our error that it found."""
-
-
-@dataclass(eq=False, slots=True)
-class _Pending:
-    """A step that was submitted and is not done; without a number it is not under way."""
-
-    position: int
-    tokens: int
-    wanted: str
-    number: int | None = None
-
-
-@dataclass(eq=False, slots=True)
-class _Sent:
-    """A step under way through some hops."""
-
-    number: int
-    position: int
-    tokens: int
-    wanted: str
-    ticket: int | None
-    build: Build | None
-    route: tuple[HopRecord, ...]
-    reached: int
-    reached_at: float
-    silent: set[int]
-    is_done: bool = False
 
 
 @dataclass(slots=True)
@@ -181,20 +144,13 @@ class Session:
         self._chain: list[HopRecord] = []
         self._builds: list[Build] = []
         self._records: dict[int, HopRecord] = {}
-        self._histories: dict[int, History] = {0: settings.make_history()}
-        self._done_rows = 0
-        self._pending: dict[int, _Pending] = {}
-        self._sent: dict[int, _Sent] = {}
-        self._in_flight = 0
-        self._redo_at = 0
+        self._flow = Flow(settings.make_history)
         self._is_running = False
         self._has_ended = False
         self._halted_at = 0.0
-        self._last_number = 0
         self._last_id = 0
         self._avoid: dict[str, tuple[float, int]] = {}
         self._actions: list[Action] = []
-        self._late: list[HopRecord] = []
         self.max_step_tokens = 0
         self.counts = Counts()
 
@@ -221,7 +177,7 @@ class Session:
     @property
     def submitted_rows(self) -> int:
         """How many tokens were submitted, and not taken back."""
-        return self._histories[0].rows
+        return self._flow.rows
 
     # What the app wants.
 
@@ -239,7 +195,7 @@ class Session:
         Raises:
             BadRequest: it begins beyond the step before it, or ends beyond what was promised.
         """
-        rows = self._histories[0].rows
+        rows = self._flow.rows
         tokens = hidden.shape[0]
         if not 0 <= position <= rows:
             raise BadRequest(f"a step at {position} does not follow the {rows} tokens before it")
@@ -250,16 +206,15 @@ class Session:
             )
         if position < rows:
             self._rewind(position)
-        self._histories[0].append(hidden)
         ticket = self._new_id()
-        self._pending[ticket] = _Pending(position, tokens, wanted)
+        self._flow.submit(ticket, position, hidden, wanted)
         return ticket, self._take(now)
 
     def cancel(self, ticket: int, now: float) -> list[Action]:
         """Takes a step back, and those after it."""
-        pending = self._pending.pop(ticket, None)
-        if pending is not None:
-            self._rewind(pending.position)
+        position = self._flow.withdraw(ticket)
+        if position is not None:
+            self._rewind(position)
         return self._take(now)
 
     def close(self) -> list[Action]:
@@ -364,18 +319,14 @@ class Session:
 
     def on_output(self, hop_id: int, number: int, hidden: WireTensor, now: float) -> list[Action]:
         """The copy of what a hop pushed to the next."""
-        hop, sent = self._records.get(hop_id), self._sent.get(number)
-        if hop is None or sent is None or hop_id not in sent.silent:
+        hop = self._records.get(hop_id)
+        sent = self._flow.find(number, hop)
+        if hop is None or sent is None:
             return []
         if hop is sent.route[-1] or hidden.shape[0] != sent.tokens:
             self._fail(hop, CODE_MISBEHAVED, "sent an output that was not asked for", now)
-            return self._take(now)
-        histories = self._histories if sent.build is None else sent.build.histories
-        history = histories[hop.at.end]
-        if history.rows >= sent.position:  # else rows are missing before it, and it is of no use
-            history.truncate(sent.position)
-            history.append(hidden)
-        self._note_progress(hop, sent, now)
+        else:
+            self._flow.take_output(hop, sent, hidden, now)
         return self._take(now)
 
     def on_result(
@@ -387,32 +338,24 @@ class Session:
         now: float,
     ) -> list[Action]:
         """What came out of the hop where a step ends."""
-        hop, sent = self._records.get(hop_id), self._sent.get(number)
-        if hop is None or sent is None or hop_id not in sent.silent:
+        hop = self._records.get(hop_id)
+        sent = self._flow.find(number, hop)
+        if hop is None or sent is None:
             return []
-        expected = {Wanted.NONE: 0, Wanted.LAST: 1}.get(Wanted(sent.wanted), sent.tokens)
-        if hop is not sent.route[-1] or (0 if hidden is None else hidden.shape[0]) != expected:
+        rows = 0 if hidden is None else hidden.shape[0]
+        if hop is not sent.route[-1] or rows != sent.result_rows:
             self._fail(hop, CODE_MISBEHAVED, "sent a result that was not asked for", now)
             return self._take(now)
-        sent.is_done = True
-        reached = sent.position + sent.tokens
-        if sent.build is not None:
-            sent.build.in_flight -= 1
-            sent.build.done = max(sent.build.done, reached)
-        else:
-            self._in_flight -= 1
-            if self._done_rows >= sent.position:
-                self._done_rows = reached
-            if sent.ticket is not None and self._pending.pop(sent.ticket, None) is not None:
-                self._actions.append(StepDone(sent.ticket, StepResultRows(hidden, times)))
-        self._note_progress(hop, sent, now)
+        ticket = self._flow.take_result(hop, sent, now)
+        if ticket is not None:
+            self._actions.append(StepDone(ticket, StepResultRows(hidden, times)))
         return self._take(now)
 
     def on_step_failed(
         self, hop_id: int, number: int, code: str, text: str, culprit: str | None, now: float
     ) -> list[Action]:
         """A hop could not do a step, or cannot go on."""
-        hop, sent = self._records.get(hop_id), self._sent.get(number)
+        hop, sent = self._records.get(hop_id), self._flow.find_any(number)
         if hop is None or (number and sent is None):
             return []
         route = sent.route if sent is not None else tuple(self._route_of(hop))
@@ -475,7 +418,7 @@ class Session:
                 due.append(hop.probe.due_at)
         due += [
             since + hop.laps.allowance_s(sent.tokens)
-            for hop, sent, since in self._suspects()
+            for hop, sent, since in self._flow.suspects()
             if hop.probe is None
         ]
         return min(due, default=float("inf"))
@@ -489,7 +432,7 @@ class Session:
         for build in list(self._builds):
             if build.stage is Stage.WAITING and now >= build.retry_at:
                 self._choose(build)
-        for hop, sent, since in list(self._suspects()):
+        for hop, sent, since in list(self._flow.suspects()):
             allowance_s = hop.laps.allowance_s(sent.tokens)
             if hop.probe is None and now >= since + allowance_s:
                 hop.probe = ProbeState(None, now, since, allowance_s, sent.number)
@@ -528,34 +471,6 @@ class Session:
                 request.due_at = max(request.due_at, now + LINK_S)
             hop.probe = None
             hop.last_output_at = now
-
-    def _suspects(self) -> list[tuple[HopRecord, _Sent, float]]:
-        """Of each route, the hop that the oldest step under way waits for, and since when."""
-        found = []
-        routes: set[int] = set()
-        for sent in self._sent.values():
-            # A build is not done before the copies have come that its hops' history is made of.
-            if id(sent.build) not in routes and not (sent.is_done and sent.build is None):
-                routes.add(id(sent.build))
-                hop = sent.route[sent.reached]
-                if sent.is_done:
-                    hop = next(each for each in sent.route if each.id in sent.silent)
-                if hop.state is HopState.OPEN:
-                    found.append((hop, sent, max(sent.reached_at, hop.last_output_at)))
-        return found
-
-    def _note_progress(self, hop: HopRecord, sent: _Sent, now: float) -> None:
-        index = sent.route.index(hop)
-        if index >= sent.reached:
-            if index == sent.reached:
-                hop.laps.add(sent.tokens, now - max(sent.reached_at, hop.last_output_at))
-            sent.reached = index if hop is sent.route[-1] else index + 1
-            sent.reached_at = now
-        hop.last_output_at = now
-        hop.probe = None
-        sent.silent.discard(hop.id)
-        if not sent.silent:
-            del self._sent[sent.number]
 
     # Failures.
 
@@ -644,10 +559,7 @@ class Session:
             return
         self._is_running = False
         self._halted_at = now
-        self._forget_sent(None)
-        self._in_flight = 0
-        for pending in self._pending.values():
-            pending.number = None
+        self._flow.halt()
         for hop in self._chain:
             hop.probe = None
 
@@ -658,16 +570,13 @@ class Session:
 
     def _finish(self) -> None:
         self._has_ended, self._is_running = True, False
-        self._actions += [StepLost(ticket) for ticket in self._pending]
+        self._actions += [StepLost(ticket) for ticket in self._flow.tickets]
         for hop in list(self._records.values()):
             self._drop_hop(hop)
         for build in self._builds:
             build.reset()
-        for history in self._histories.values():
-            history.close()
-        self._pending.clear()
-        self._sent.clear()
         self._builds.clear()
+        self._flow.close()
 
     # Builds.
 
@@ -741,10 +650,12 @@ class Session:
         piece = min(REPLAY_TOKENS, *(hop.max_step_tokens for hop in build.hops))
         while build.sent < committed and build.in_flight < MAX_IN_FLIGHT:
             end = min(committed, build.sent + piece)
-            hidden = self._histories[build.start].read(build.sent, end)
-            self._send(hidden, build.sent, Wanted.NONE, None, build, now)
+            hidden = self._flow.histories[build.start].read(build.sent, end)
+            until = None if build.end == self._end_block else build.end
+            self._actions.append(
+                self._flow.send(build.hops, hidden, build.sent, now, build=build, until=until)
+            )
             build.sent += hidden.shape[0]
-            build.in_flight += 1
             build.replayed_tokens += hidden.shape[0]
             self.counts.replayed_tokens += hidden.shape[0]
 
@@ -785,15 +696,14 @@ class Session:
         if not self.max_step_tokens:
             self.max_step_tokens = min(hop.max_step_tokens for hop in placed)
         self._is_running = True
-        self._redo_at = self._committed()
+        self._flow.resume(self._committed())
 
     def _install(self, build: Build, now: float) -> None:
         self._builds.remove(build)
-        for border in [b for b in self._histories if build.start < b < build.end]:
-            self._histories.pop(border).close()
-        self._histories.update(build.histories)
-        if build.end not in self._histories and build.end != self._end_block:
-            raise AssertionError("a border between two hops has no history")
+        histories = self._flow.histories
+        for border in [b for b in histories if build.start < b < build.end]:
+            histories.pop(border).close()
+        histories.update(build.histories)
         for hop in build.retired:
             self._drop_hop(hop)
         self.counts.moves += 1
@@ -811,116 +721,22 @@ class Session:
             )
         )
 
-    # Steps.
-
-    def _pump(self, now: float) -> None:
-        """Sends what may be sent: first what is to be done again, then what was submitted."""
-        if self._in_flight >= MAX_IN_FLIGHT:
-            return
-        history = self._histories[0]
-        first = next(iter(self._pending.values()), None)
-        redo_until = history.rows if first is None else min(first.position, history.rows)
-        while self._redo_at < redo_until and self._in_flight < MAX_IN_FLIGHT:
-            end = min(redo_until, self._redo_at + min(REPLAY_TOKENS, self.max_step_tokens))
-            hidden = history.read(self._redo_at, end)
-            self._send(hidden, self._redo_at, Wanted.NONE, None, None, now)
-            self._redo_at += hidden.shape[0]
-            self._in_flight += 1
-        if self._redo_at < redo_until:
-            return
-        for ticket, pending in self._pending.items():
-            if self._in_flight >= MAX_IN_FLIGHT:
-                return
-            if pending.number is None:
-                self._send_pending(ticket, pending, now)
-
-    def _send_pending(self, ticket: int, pending: _Pending, now: float) -> None:
-        start, end = pending.position, pending.position + pending.tokens
-        while start < end:
-            hidden = self._histories[0].read(start, end)
-            tokens = hidden.shape[0]
-            is_last = start + tokens == end
-            pending.number = self._send(
-                hidden,
-                start,
-                pending.wanted if is_last else Wanted.NONE,
-                ticket if is_last else None,
-                None,
-                now,
-            )
-            start += tokens
-            self._in_flight += 1
-        self._redo_at = max(self._redo_at, end)
-
-    def _send(
-        self,
-        hidden: WireTensor,
-        position: int,
-        wanted: str,
-        ticket: int | None,
-        build: Build | None,
-        now: float,
-    ) -> int:
-        self._check_copies(now)
-        self._last_number += 1
-        number = self._last_number
-        route = tuple(self._chain if build is None else build.hops)
-        self._sent[number] = _Sent(
-            number=number,
-            position=position,
-            tokens=hidden.shape[0],
-            wanted=wanted,
-            ticket=ticket,
-            build=build,
-            route=route,
-            reached=0,
-            reached_at=now,
-            silent={hop.id for hop in route},
-        )
-        until = None if build is None or build.end == self._end_block else build.end
-        self._actions.append(SendStep(route[0].id, number, position, hidden, wanted, until))
-        return number
+    # Small parts.
 
     def _rewind(self, position: int) -> None:
         """Takes back the tokens from a position on, everywhere."""
-        for history in self._histories.values():
-            history.truncate(min(history.rows, position))
         for build in self._builds:
             build.rewind(position)
-        self._done_rows = min(self._done_rows, position)
-        self._redo_at = min(self._redo_at, position)
-        late = [t for t, p in self._pending.items() if p.position + p.tokens > position]
-        for ticket in late:
-            del self._pending[ticket]
-            self._actions.append(StepLost(ticket))
-        for number, sent in list(self._sent.items()):
-            if sent.position + sent.tokens > position:
-                del self._sent[number]
-                if sent.is_done:
-                    continue
-                if sent.build is not None:
-                    sent.build.in_flight -= 1
-                else:
-                    self._in_flight -= 1
-
-    def _check_copies(self, now: float) -> None:
-        """Gives up a hop that keeps back the copies that others would be rebuilt from."""
-        if len(self._sent) >= MAX_UNCOPIED:
-            oldest = next(iter(self._sent.values()))
-            hop = next(each for each in oldest.route if each.id in oldest.silent)
-            del self._sent[oldest.number]
-            if oldest.is_done:
-                self._late.append(hop)
-
-    # Small parts.
+        self._actions += [StepLost(ticket) for ticket in self._flow.rewind(position)]
 
     def _take(self, now: float) -> list[Action]:
         """Moves everything on as far as it goes, and gives what is to be done."""
         if not self._has_ended:
             self._advance(now)
-        while self._late and not self._has_ended:
-            self._fail(self._late.pop(), CODE_MISBEHAVED, "keeps its outputs back", now)
-            self._advance(now)
+            withholder = self._flow.drop_withheld()
+            if withholder is not None:
+                self._fail(withholder, CODE_MISBEHAVED, "keeps its outputs back", now)
+                self._advance(now)
         actions, self._actions = self._actions, []
         return actions
 
@@ -935,7 +751,7 @@ class Session:
         if not self._is_running:
             self._try_resume(now)
         if self._is_running:
-            self._pump(now)
+            self._actions += self._flow.pump(self._chain, self.max_step_tokens, now)
 
     def _switch(self, now: float) -> None:
         """Stops for a build that has caught up with the hops that it was made beside."""
@@ -982,8 +798,7 @@ class Session:
         for build in urgent:
             borders |= {build.start, build.end}
         borders -= {self._end_block}
-        rows = [self._histories[border].rows for border in borders]
-        return min([self._done_rows, *rows])
+        return self._flow.committed(borders)
 
     def _placed(self) -> list[HopRecord]:
         """The hops in their place and those on the way to it, in order."""
@@ -1023,12 +838,8 @@ class Session:
     def _drop_build_hops(self, build: Build) -> None:
         for hop in build.hops:
             self._drop_hop(hop)
-        self._forget_sent(build)
+        self._flow.forget(build)
         build.reset()
-
-    def _forget_sent(self, build: Build | None) -> None:
-        for number in [n for n, sent in self._sent.items() if sent.build is build]:
-            del self._sent[number]
 
     def _new_id(self) -> int:
         self._last_id += 1

@@ -157,3 +157,46 @@ def test_a_leaving_hop_hands_its_cache_over() -> None:
     assert moved.handed_over_tokens > 30
     assert moved.replayed_tokens < 10
     assert not client.penalties
+
+
+def test_a_better_chain_takes_over_beside_the_one_that_runs() -> None:
+    world = World(8, 5)
+    for start, end in [(0, 4), (4, 8)]:
+        world.add_server(start, end, block_s=0.01)
+    client = SimClient(world, tuple(range(30)), 200)
+    client.start()
+    world.run(2.0)
+    made = len(client.tokens)
+    quick = [world.add_server(0, 8, block_s=0.001)]
+    chain = choose_chain(world.view(0.0), needed_tokens=1)
+    assert [hop.peer for hop in chain] == [quick[0].peer]
+    client.feed("propose", chain)
+    world.run(60.0)
+    assert client.tokens == expected_tokens(8, client.prompt, 200)
+    moved = client.moves[-1]
+    assert (moved.code, moved.start, moved.end) == ("better", 0, 8)
+    assert moved.replayed_tokens >= 30 + made
+    # It was built while the old one went on: only the last tokens were waited for.
+    assert moved.pause_s < 0.5
+    assert not client.penalties
+
+
+def test_a_hop_that_keeps_its_copies_back_is_replaced() -> None:
+    world = World(8, 6)
+    for start, end in [(0, 4), (4, 8)] * 2:
+        world.add_server(start, end)
+    client = SimClient(world, (1, 2, 3), 400)
+    client.start()
+    world.run(0.5)
+    withholder = client.session.chain[0].peer
+    take_output = client.session.on_output
+
+    def drop_output(hop_id: int, *arguments: object, **options: float) -> list[object]:
+        peer = client._peers[hop_id]
+        return [] if peer == withholder else take_output(hop_id, *arguments, **options)  # type: ignore[arg-type]
+
+    client.session.on_output = drop_output  # type: ignore[assignment,method-assign]
+    world.run(120.0)
+    assert client.tokens == expected_tokens(8, (1, 2, 3), 400)
+    assert client.session.counts.moves > 1
+    assert withholder in client.penalties
