@@ -166,10 +166,11 @@ def test_a_better_chain_takes_over_beside_the_one_that_runs() -> None:
     client = SimClient(world, tuple(range(30)), 200)
     client.start()
     world.run(2.0)
+    quick = world.add_server(0, 8, block_s=0.001)
+    world.run(5.0)  # the view is renewed
     made = len(client.tokens)
-    quick = [world.add_server(0, 8, block_s=0.001)]
-    chain = choose_chain(world.view(0.0), needed_tokens=1)
-    assert [hop.peer for hop in chain] == [quick[0].peer]
+    chain = choose_chain(world.view(), needed_tokens=1)
+    assert [hop.peer for hop in chain] == [quick.peer]
     client.feed("propose", chain)
     world.run(60.0)
     assert client.tokens == expected_tokens(8, client.prompt, 200)
