@@ -143,6 +143,7 @@ class GenerationJob:
         self._limit = _check_length(request, model, len(self._prompt))
         self._clock = _Clock(started_at)
         self._max_wait_s = max_wait_s
+        self._session: ChainSession | None = None
         self._moves: deque[ChainMove] = deque(maxlen=MAX_MOVES)
         self._news_in, self._news_out = trio.open_memory_channel[Moved | Waiting](MAX_NEWS)
 
@@ -160,6 +161,7 @@ class GenerationJob:
         if kept is not None:
             fits = kept.model is self._model and kept.session.max_tokens >= needed
             if fits and kept.session.is_open:
+                self._session = kept.session
                 kept.session.on_news = self._on_news
                 return kept
             await kept.session.close()
@@ -174,6 +176,7 @@ class GenerationJob:
             max_wait_s=self._max_wait_s,
             on_news=self._on_news,
         )
+        self._session = session
         return KeptSession(self._model, session)
 
     async def tell_news(self) -> None:
@@ -185,7 +188,13 @@ class GenerationJob:
             else:
                 move = _wire_move(news)
                 text = f"blocks {move.start}:{move.end} moved after {move.reason}"
-                progress = Progress(job=self._request.job, event="moved", text=text, move=move)
+                progress = Progress(
+                    job=self._request.job,
+                    event="moved",
+                    text=text,
+                    move=move,
+                    chain=() if self._session is None else _wire_chain(self._session),
+                )
             await self._send(progress)
 
     def _on_news(self, news: Moved | Waiting) -> None:

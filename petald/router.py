@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import trio
 
@@ -49,12 +50,28 @@ MAX_PENALTY_S = 300.0
 PENALTY_HALF_LIFE_S = 15.0
 LEAST_PENALTY_S = 0.001
 """What a failure adds to the time of a step through that peer, and how that fades: it is the last
-choice at first, and like others again after some minutes, when its announcement is long renewed or
-gone."""
+choice at first, and like others again after some minutes. It does not fade before the peer has
+announced itself anew: until then it is as likely gone for good."""
 
 PING_DEADLINE_S = 2.0
 MAX_PINGED = 64
 MAX_PENALISED = 4096
+MAX_ANNOUNCED = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class _Penalty:
+    """What a peer's failures have come to.
+
+    Attributes:
+        seconds: added to a step's time, at first.
+        since: when it failed last.
+        announced: the sequence number of the announcement that was known then.
+    """
+
+    seconds: float
+    since: float
+    announced: int
 
 
 class Router:
@@ -73,7 +90,8 @@ class Router:
         self._histories = HistoryStore(limit_bytes=config.history_bytes)
         self._views: dict[bytes, tuple[float, SwarmView]] = {}
         self._sessions = 0
-        self._penalties: dict[str, tuple[float, float]] = {}
+        self._penalties: dict[str, _Penalty] = {}
+        self._announced: dict[str, int] = {}
 
     async def read_view(self, model: ModelIdentity, *, max_age_s: float = VIEW_AGE_S) -> SwarmView:
         """The swarm view of a model, at most so old."""
@@ -83,6 +101,8 @@ class Router:
         records = await self._directory.lookup(directory_key(model.fingerprint))
         if not records and known is not None and trio.current_time() - known[0] <= TTL_S:
             return known[1]  # more likely this peer is cut off than all servers are gone
+        if len(self._announced) > MAX_ANNOUNCED:
+            self._announced.clear()
         servers = []
         for record in records:
             try:
@@ -91,6 +111,7 @@ class Router:
                 log.debug("announcement passed over", peer=record.peer, reason=str(error))
                 continue
             self._network.learn(PeerAddress(record.peer, announcement.addresses))
+            self._announced[record.peer] = record.sequence
             servers.append(
                 Server(
                     peer=record.peer,
@@ -198,7 +219,8 @@ class Router:
         if len(self._penalties) >= MAX_PENALISED:
             self._penalties.clear()
         now = trio.current_time()
-        self._penalties[peer] = (min(self._penalty_s(peer, now) + PENALTY_S, MAX_PENALTY_S), now)
+        seconds = min(self._penalty_s(peer, now) + PENALTY_S, MAX_PENALTY_S)
+        self._penalties[peer] = _Penalty(seconds, now, self._announced.get(peer, 0))
 
     async def measure_round_trips(self, model: ModelIdentity) -> None:
         """Pings the servers of a model, all at once, and reads the view with what was measured."""
@@ -233,8 +255,12 @@ class Router:
                     nursery.start_soon(ping, peer)
 
     def _penalty_s(self, peer: str, now: float) -> float:
-        seconds, since = self._penalties.get(peer, (0.0, now))
-        return float(seconds * 0.5 ** ((now - since) / PENALTY_HALF_LIFE_S))
+        penalty = self._penalties.get(peer)
+        if penalty is None:
+            return 0.0
+        if self._announced.get(peer, 0) <= penalty.announced:
+            return penalty.seconds  # it has not been heard of since
+        return penalty.seconds * 0.5 ** ((now - penalty.since) / PENALTY_HALF_LIFE_S)
 
     def penalties_s(self) -> dict[str, float]:
         """What peers that failed lately add to the time of a step."""
