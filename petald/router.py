@@ -192,9 +192,12 @@ class Router:
             MissingBlocks: nobody can run some of them now.
         """
         known = self._views.get(model.fingerprint)
-        is_repair = need.before is not None or need.after is not None
-        max_age_s = RETRY_VIEW_AGE_S if need.is_retry else REPAIR_VIEW_AGE_S
-        view = await self.read_view(model, max_age_s=max_age_s if is_repair else VIEW_AGE_S)
+        max_age_s = VIEW_AGE_S
+        if need.is_retry:
+            max_age_s = RETRY_VIEW_AGE_S
+        elif need.before is not None or need.after is not None:
+            max_age_s = REPAIR_VIEW_AGE_S
+        view = await self.read_view(model, max_age_s=max_age_s)
         try:
             return self._choose_in(view, need)
         except MissingBlocks:
@@ -260,15 +263,15 @@ class Router:
             return 0.0
         if self._announced.get(peer, 0) <= penalty.announced:
             return penalty.seconds  # it has not been heard of since
-        return penalty.seconds * 0.5 ** ((now - penalty.since) / PENALTY_HALF_LIFE_S)
+        return float(penalty.seconds * 0.5 ** ((now - penalty.since) / PENALTY_HALF_LIFE_S))
 
     def penalties_s(self) -> dict[str, float]:
         """What peers that failed lately add to the time of a step."""
         now = trio.current_time()
         found = {peer: self._penalty_s(peer, now) for peer in self._penalties}
-        for peer, seconds in found.items():
+        for peer, seconds in list(found.items()):
             if seconds < LEAST_PENALTY_S:
-                del self._penalties[peer]
+                del self._penalties[peer], found[peer]
         return found
 
 
