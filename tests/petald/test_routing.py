@@ -20,6 +20,7 @@ from petald.routing import (
 )
 from petald.swarm import (
     MAX_ANNOUNCEMENT_BYTES,
+    MAX_ROUND_TRIPS,
     Announcement,
     RoundTripTo,
     Server,
@@ -269,7 +270,7 @@ def test_ten_thousand_servers_of_a_large_model() -> None:
     servers = []
     for number in range(10_000):
         start = rng.randrange(126 - 4)
-        others = {f"{rng.randrange(10_000)}": rng.uniform(1, 100) for _ in range(16)}
+        others = {f"{rng.randrange(10_000)}": rng.uniform(1, 100) for _ in range(MAX_ROUND_TRIPS)}
         servers.append(
             make_server(
                 f"{number}",
@@ -305,7 +306,7 @@ def test_a_session_moves_only_where_it_pays(
 
 
 def test_an_announcement_with_every_field_is_small() -> None:
-    server = make_server("a", 0, 6, pairs={f"{n}": 1.5 for n in range(16)})
+    server = make_server("a", 0, 6, pairs={f"{n}": 1.5 for n in range(MAX_ROUND_TRIPS)})
     body = server.announcement.encode()
     assert Announcement.decode(body) == server.announcement
     assert len(body) < MAX_ANNOUNCEMENT_BYTES / 4
