@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from petalctl.client import Client
 from petalctl.conversation import Ask, Conversation, Leave, Say
 from petalctl.errors import CommandError, JobError
-from petalctl.generate_command import describe_speed, is_cancelled, show_progress
+from petalctl.generate_command import (
+    describe_speed,
+    is_cancelled,
+    show_progress,
+    show_waiting,
+)
 from petalctl.generate_options import generate_options
 from petalctl.interrupts import on_first_interrupt
 from petalctl.requests import GenerateOptions
@@ -51,7 +56,7 @@ def _answer(
 ) -> bool:
     """Lets the model answer; tells whether it did, as far as the user let it."""
     writer = AnswerWriter(sys.stdout)
-    on_progress = show_progress if show_chain else None
+    on_progress = show_progress if show_chain else show_waiting
     try:
         with (
             client.generate(on_progress=on_progress, **options) as generation,

@@ -8,6 +8,7 @@ seen its stream end, and so gives the session's room back.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -452,7 +453,7 @@ class ChainSession:
             raise RemoteProtocolError("the stream ended before the answer")
         opened = expect(reply, SessionOpened)
         if action.cache_from is not None:  # nobody waits; and how near it is decides what is best
-            with trio.move_on_after(PING_S):
+            with trio.move_on_after(PING_S), contextlib.suppress(P2PError):
                 await self._network.ping(line.at.peer)
         now = trio.current_time()
         self._carry_out(self._machine.on_opened(line.id, opened.max_step_tokens, now))

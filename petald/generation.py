@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,9 @@ that the matrix products are bound by arithmetic (``benchmarks/decode.py``)."""
 
 KEPT_SESSION_SPARE_TOKENS = 2048
 """Room that a kept session gets beyond its first job when the app does not say how much."""
+
+WAITING_PERIOD_S = 5.0
+"""Between two tellings that a job still waits: it is tried more often than a person can read."""
 
 MAX_NEWS = 16
 """News of the chain that wait for an app to read; what is more is not told."""
@@ -144,6 +148,7 @@ class GenerationJob:
         self._clock = _Clock(started_at)
         self._max_wait_s = max_wait_s
         self._session: ChainSession | None = None
+        self._waiting_told_at = -math.inf
         self._moves: deque[ChainMove] = deque(maxlen=MAX_MOVES)
         self._news_in, self._news_out = trio.open_memory_channel[Moved | Waiting](MAX_NEWS)
 
@@ -202,6 +207,11 @@ class GenerationJob:
             if not news.old:  # the chain as it was opened is told of by itself
                 return
             self._moves.append(_wire_move(news))
+        else:
+            now = trio.current_time()
+            if now - self._waiting_told_at < WAITING_PERIOD_S:
+                return
+            self._waiting_told_at = now
         with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError):
             self._news_in.send_nowait(news)
 
