@@ -372,7 +372,10 @@ class ChainSession:
                 addresses=target.at.addresses,
             )
         elif isinstance(action, SendProbe):
-            message = Probe(request=action.request)
+            line = self._lines[action.hop]
+            line.waiting.appendleft(Probe(request=action.request))  # before all steps that wait
+            line.wake.set()
+            return
         else:
             raise TypeError(f"{action} is not known")
         self._lines[action.hop].send_soon(message)

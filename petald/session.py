@@ -459,7 +459,8 @@ class Session:
                 self._fail(hop, CODE_NO_ANSWER, text, now, silent_s=silent_s)
             else:
                 probe.request = self._new_id()
-                probe.due_at = now + PROBE_S
+                # A probe waits behind the step that is being sent, which may be a long one.
+                probe.due_at = now + max(PROBE_S, probe.allowance_s / 2)
                 self.counts.probes += 1
                 self._actions.append(SendProbe(hop.id, probe.request))
 
