@@ -2,7 +2,7 @@
 
 Nothing is decided here but the order in which parts come up and go down. Up: network, span, its
 announcement, the control socket, readiness. Down: the server drains and says that it leaves, then
-everything is cancelled, the network last.
+everything is cancelled, the network and the threads that compute last.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
     identity = load_or_create_identity(config.daemon.state_dir / "identity.key")
     rng = random.Random()
     async with (
+        # Outlives the network, whose handlers give the caches of their sessions back on it.
+        _open_executors(config) as (device_executor, local_executor),
         open_libp2p_network(
             identity,
             listen=config.network.listen,
@@ -66,7 +68,6 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
             announce=config.network.announce,
         ) as network,
         open_control_socket(config.daemon) as listener,
-        _open_executors(config) as (device_executor, local_executor),
         trio.open_nursery() as nursery,
     ):
         directory = Directory(network)

@@ -8,6 +8,7 @@ has ended, so the caller may free what it used.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -63,6 +64,10 @@ class _Pending:
     error: BaseException | None = None
 
 
+class ExecutorClosed(Exception):
+    """A bug of this daemon: its device's thread was ended before those who use it."""
+
+
 class Executor:
     """Runs kernels on one thread; made by `open_executor`."""
 
@@ -84,6 +89,9 @@ class Executor:
         peer: str = "",
     ) -> T:
         """Runs a function on the device's thread, which all peers share equally.
+
+        Raises:
+            ExecutorClosed: the thread has ended, or ends before the function's turn.
 
         Cancellation: either it never ran, or it has ended; its result is lost.
         """
@@ -140,6 +148,8 @@ class Executor:
     async def _submit(self, work: Work[_Pending]) -> Timed:
         await trio.lowlevel.checkpoint_if_cancelled()
         with self._condition:
+            if self._is_closed:
+                raise ExecutorClosed("the device's thread has ended")
             self._scheduler.add(work)
             self._condition.notify()
         pending = work.item
@@ -158,28 +168,33 @@ class Executor:
         return pending.result
 
     def run_thread(self) -> None:
-        """The thread's main loop; ends after `close`, with the queue as it is."""
+        """The thread's main loop; ends after `close`, and fails what is queued then."""
         while True:
             with self._condition:
                 while not self._is_closed and not len(self._scheduler):
                     self._condition.wait()
                 if self._is_closed:
-                    return
+                    break
                 works = self._scheduler.next_batch()
             batch = [work.item for work in works]
             if works[0].priority is Priority.DECODE:
                 self._note_queue_time(batch)
             self._run_batch(batch)
-            try:
-                self._token.run_sync_soon(_deliver, batch)
-            except trio.RunFinishedError:
-                return
+            self._deliver_soon(batch)
+        while works := self._scheduler.next_batch():  # nothing is added any more
+            for work in works:
+                work.item.error = ExecutorClosed("the device's thread ended before this began")
+            self._deliver_soon([work.item for work in works])
 
     def close(self) -> None:
         """Tells the thread to end after the batch that it runs."""
         with self._condition:
             self._is_closed = True
             self._condition.notify()
+
+    def _deliver_soon(self, batch: list[_Pending]) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(_deliver, batch)
 
     def _note_queue_time(self, batch: list[_Pending]) -> None:
         now = time.perf_counter()

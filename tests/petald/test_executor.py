@@ -8,7 +8,13 @@ import pytest
 import trio
 import trio.testing
 
-from petald.executor import MEAN_TIME_S, MEAN_WEIGHT, Executor, open_executor
+from petald.executor import (
+    MEAN_TIME_S,
+    MEAN_WEIGHT,
+    Executor,
+    ExecutorClosed,
+    open_executor,
+)
 from petald.scheduler import Priority
 
 
@@ -171,3 +177,25 @@ async def test_the_mean_queue_time_follows_waiting_decode_steps_only(
         assert 0 < executor.mean_queue_s < after_wait_s
         now += 20 * MEAN_TIME_S
         assert executor.mean_queue_s < 1e-6
+
+
+async def test_what_a_closed_executor_is_asked_fails_and_does_not_wait() -> None:
+    gate = Gate()
+    errors: list[ExecutorClosed] = []
+
+    async def ask() -> None:
+        try:
+            await executor.run(int)
+        except ExecutorClosed as error:
+            errors.append(error)
+
+    async with trio.open_nursery() as nursery:
+        async with open_executor(name="test") as executor:
+            nursery.start_soon(executor.run, gate)
+            await trio.to_thread.run_sync(gate.has_started.wait)
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked()
+            threading.Timer(0.05, gate.may_end.set).start()
+        await ask()
+    assert gate.has_ended
+    assert len(errors) == 2

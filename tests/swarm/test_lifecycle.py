@@ -215,3 +215,19 @@ def test_a_stopped_server_that_nobody_replaces_finishes_its_session(model_folder
         assert model.coverage == (0,) * 15 + (1,) * 15
         assert len(generation.result().tokens) == 60
         assert leaver.wait(10)
+
+
+@pytest.mark.model
+def test_a_server_ends_though_an_idle_session_stays(model_folder: Path) -> None:
+    with (
+        PrivateSwarm(str(model_folder), spans=even_spans(2), threads=1) as swarm,
+        swarm.client() as client,
+    ):
+        client.generate(prompt=PROMPTS[2], max_new_tokens=4, session="kept").result()
+        leaver = swarm.servers[0]
+        with Client(leaver.socket) as own:
+            span = own.status().span
+        assert span is not None
+        assert span.sessions == 1
+        os.kill(leaver.pid, signal.SIGTERM)
+        assert leaver.wait(10)
