@@ -25,9 +25,14 @@ and so do the values: whoever decodes them sees that they are not finite."""
 
 
 class Codec(Protocol):
-    """One way to write rows."""
+    """One way to write rows.
+
+    Attributes:
+        is_lossy: what is decoded is not what was encoded.
+    """
 
     name: str
+    is_lossy: bool
 
     def row_bytes(self, hidden_size: int, dtype: torch.dtype) -> int:
         """How many bytes each row takes."""
@@ -49,6 +54,7 @@ class RawCodec:
     """Each value as it is in memory, little-endian."""
 
     name = "raw"
+    is_lossy = False
 
     def row_bytes(self, hidden_size: int, dtype: torch.dtype) -> int:
         """How many bytes each row takes."""
@@ -75,6 +81,7 @@ class Int8Codec:
     """
 
     name = "int8"
+    is_lossy = True
 
     def row_bytes(self, hidden_size: int, dtype: torch.dtype) -> int:
         """How many bytes each row takes."""

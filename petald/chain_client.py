@@ -148,6 +148,7 @@ class ChainSession:
         max_tokens: the most that the session will have cached.
         codec: in which hops write their outputs.
         max_wait_s: how long to wait where nobody can run some blocks.
+        is_replay_exact: as for `petald.session.SessionSettings`.
         prefers_hand_over: as for `petald.session.SessionSettings`.
         on_news: told of what happens to the chain; must not block.
     """
@@ -162,6 +163,7 @@ class ChainSession:
         max_tokens: int,
         codec: str = RAW,
         max_wait_s: float = 0.0,
+        is_replay_exact: bool = False,
         prefers_hand_over: Callable[[Hop, Hop, int], bool] = lambda old, new, tokens: False,
         on_news: News = lambda news: None,
     ) -> None:
@@ -177,6 +179,7 @@ class ChainSession:
                 max_tokens=max_tokens,
                 make_history=histories.open,
                 max_wait_s=max_wait_s,
+                is_replay_exact=is_replay_exact,
                 prefers_hand_over=prefers_hand_over,
             )
         )

@@ -286,6 +286,15 @@ class RouteConfig:
         check=_one_of("raw", "int8"),
         metavar="CODEC",
     )
+    replay: str = _setting(
+        "How a server that fails is replaced: fast, in long pieces, which differ in the last bits "
+        "from what was lost; exact, step by step as it was computed first, to the same bits on a "
+        "like machine, which takes several times as long; or auto: exact where the codec loses "
+        "precision, since that makes a whole step of a last bit.",
+        default="auto",
+        check=_one_of("auto", "exact", "fast"),
+        metavar="KIND",
+    )
     max_wait_s: float = _setting(
         "How long, in seconds, a job waits where no server can run some blocks, unless it says "
         "itself.",

@@ -28,6 +28,7 @@ class RebuildCost:
         cache_bytes: of one token's keys and values in all its blocks.
         client_round_trip_s: from the client to the new server.
         round_trip_s: from the old server to the new one.
+        is_replay_exact: it repeats step by step, and not in long pieces.
     """
 
     step_s: float
@@ -35,11 +36,12 @@ class RebuildCost:
     cache_bytes: int
     client_round_trip_s: float
     round_trip_s: float
+    is_replay_exact: bool
 
     def replay_s(self, tokens: int) -> float:
         """By replay of the client's history: transfer and computing overlap, in pieces."""
         transfer_s = tokens * self.row_bytes / _bytes_per_s(self.client_round_trip_s)
-        compute_s = tokens * self.step_s / PREFILL_SPEED_UP
+        compute_s = tokens * self.step_s / (1 if self.is_replay_exact else PREFILL_SPEED_UP)
         return self.client_round_trip_s + max(transfer_s, compute_s)
 
     def hand_over_s(self, tokens: int) -> float:

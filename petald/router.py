@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import trio
 
+from kernels.codecs import find_codec
 from p2p.directory import Directory
 from p2p.errors import P2PError, RemoteProtocolError
 from p2p.network import Network, PeerAddress
@@ -93,6 +94,12 @@ class Router:
         self._penalties: dict[str, _Penalty] = {}
         self._announced: dict[str, int] = {}
 
+    @property
+    def is_replay_exact(self) -> bool:
+        """Whether a hop is rebuilt to the same bits, as configured."""
+        kind, codec = self._config.replay, self._config.codec
+        return kind == "exact" or (kind == "auto" and find_codec(codec).is_lossy)
+
     async def read_view(self, model: ModelIdentity, *, max_age_s: float = VIEW_AGE_S) -> SwarmView:
         """The swarm view of a model, at most so old."""
         known = self._views.get(model.fingerprint)
@@ -168,6 +175,7 @@ class Router:
             max_tokens=max_tokens,
             codec=self._config.codec,
             max_wait_s=max_wait_s,
+            is_replay_exact=self.is_replay_exact,
             prefers_hand_over=chooser.prefers_hand_over,
             on_news=on_news,
         )
@@ -323,6 +331,7 @@ class _ModelChooser:
             row_bytes=4 * config.hidden_size,
             cache_bytes=2 * 4 * config.kv_size * blocks,
             client_round_trip_s=trips[1],
+            is_replay_exact=self._router.is_replay_exact,
             round_trip_s=max(trips),  # of two near ones it is short; else it is not known
         )
 

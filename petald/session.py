@@ -44,7 +44,7 @@ from petald.session_actions import (
     Waiting,
 )
 from petald.session_build import Build, Stage
-from petald.session_flow import MAX_IN_FLIGHT, REPLAY_TOKENS, Flow
+from petald.session_flow import MAX_IN_FLIGHT, Flow
 from petald.session_hop import (
     LONGEST_ALLOWANCE_S,
     PROBE_S,
@@ -122,6 +122,8 @@ class SessionSettings:
         max_tokens: the most that will be cached.
         max_wait_s: how long to wait where nobody can run some blocks.
         make_history: a new, empty history.
+        is_replay_exact: what is lost is repeated step by step, to the same bits, and not in the
+            long pieces that are quickest; see `petald.session_flow`.
         prefers_hand_over: whether a cache of so many tokens comes sooner from the hop that leaves
             to its replacement than by replay.
     """
@@ -130,6 +132,7 @@ class SessionSettings:
     max_tokens: int
     make_history: Callable[[], History]
     max_wait_s: float = 0.0
+    is_replay_exact: bool = False
     prefers_hand_over: Callable[[Hop, Hop, int], bool] = field(
         default=lambda old, new, tokens: False
     )
@@ -144,7 +147,7 @@ class Session:
         self._chain: list[HopRecord] = []
         self._builds: list[Build] = []
         self._records: dict[int, HopRecord] = {}
-        self._flow = Flow(settings.make_history)
+        self._flow = Flow(settings.make_history, is_replay_exact=settings.is_replay_exact)
         self._is_running = False
         self._has_ended = False
         self._halted_at = 0.0
@@ -648,9 +651,9 @@ class Session:
                 SendHandOver(source.id, build.hand_over, build.hops[0].id, committed)
             )
             return
-        piece = min(REPLAY_TOKENS, *(hop.max_step_tokens for hop in build.hops))
+        longest = min(hop.max_step_tokens for hop in build.hops)
         while build.sent < committed and build.in_flight < MAX_IN_FLIGHT:
-            end = min(committed, build.sent + piece)
+            end = self._flow.piece_end(build.sent, committed, longest)
             hidden = self._flow.histories[build.start].read(build.sent, end)
             until = None if build.end == self._end_block else build.end
             self._actions.append(

@@ -2,12 +2,22 @@
 
 Pure: a part of `petald.session`. Every step that is sent has a number of its own, whether it is
 new, sent again after a failure, or replayed to new hops; what comes back under a number that was
-forgotten is passed over. Invariant: rows are *committed* when every border between two hops has
-seen them and the last hop has done them; only those survive a failure, and they always do.
+forgotten is passed over.
+
+How rows are sent again. The bits of a row that a hop computes depend on how many rows it was
+computed with: a product of one row adds up in another order than one of many. An *exact* replay
+therefore repeats the steps just as they were submitted, one row where it was one row, so that a
+like machine caches the same bits; it takes as long as those steps did. Another goes in long pieces,
+as a prefill does, several times as quick, and differs in last bits.
+
+Invariant: rows are *committed* when every border between two hops has seen them and the last hop
+has done them; only those survive a failure, and they always do.
 """
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -85,14 +95,17 @@ class Flow:
 
     Args:
         make_history: a new, empty history.
+        is_replay_exact: rows are sent again in the steps in which they were submitted.
 
     Attributes:
         histories: for each border of the chain, by the block after it, the rows that crossed it;
             those before block 0 are what was submitted.
     """
 
-    def __init__(self, make_history: Callable[[], History]) -> None:
+    def __init__(self, make_history: Callable[[], History], *, is_replay_exact: bool) -> None:
         self.histories: dict[int, History] = {0: make_history()}
+        self._is_replay_exact = is_replay_exact
+        self._starts = array("q")  # of the steps that were submitted, in order
         self._done_rows = 0
         self._pending: dict[int, Pending] = {}
         self._sent: dict[int, SentStep] = {}
@@ -126,6 +139,7 @@ class Flow:
     def submit(self, ticket: int, position: int, hidden: WireTensor, wanted: str) -> None:
         """Takes rows, at the end of those there are."""
         self.histories[0].append(hidden)
+        self._starts.append(position)
         self._pending[ticket] = Pending(position, hidden.shape[0], wanted)
 
     def withdraw(self, ticket: int) -> int | None:
@@ -137,6 +151,7 @@ class Flow:
         """Takes back all rows from a position on; gives the tickets of steps that are lost."""
         for history in self.histories.values():
             history.truncate(min(history.rows, position))
+        del self._starts[bisect_left(self._starts, position) :]
         self._done_rows = min(self._done_rows, position)
         self._redo_at = min(self._redo_at, position)
         late = [ticket for ticket, pending in self._pending.items() if pending.end > position]
@@ -164,6 +179,13 @@ class Flow:
         for number in [n for n, sent in self._sent.items() if sent.build is build]:
             del self._sent[number]
 
+    def piece_end(self, position: int, end: int, max_step_tokens: int) -> int:
+        """Where a piece ends that is sent again from a position on, if it goes no further."""
+        if not self._is_replay_exact:
+            return min(end, position + min(REPLAY_TOKENS, max_step_tokens))
+        following = bisect_right(self._starts, position)
+        return min(end, self._starts[following]) if following < len(self._starts) else end
+
     def pump(self, chain: Sequence[HopRecord], max_step_tokens: int, now: float) -> list[SendStep]:
         """What may be sent now: first what is to be done again, then what was submitted."""
         if self._in_flight >= MAX_IN_FLIGHT:
@@ -173,7 +195,7 @@ class Flow:
         first = next(iter(self._pending.values()), None)
         redo_until = history.rows if first is None else min(first.position, history.rows)
         while self._redo_at < redo_until and self._in_flight < MAX_IN_FLIGHT:
-            end = min(redo_until, self._redo_at + min(REPLAY_TOKENS, max_step_tokens))
+            end = self.piece_end(self._redo_at, redo_until, max_step_tokens)
             hidden = history.read(self._redo_at, end)
             actions.append(self.send(chain, hidden, self._redo_at, now))
             self._redo_at += hidden.shape[0]

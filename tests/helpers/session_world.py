@@ -12,7 +12,7 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from p2p.wire.session_messages import Wanted
@@ -25,6 +25,7 @@ from petald.swarm import Announcement, Server, ServerState, SwarmView, make_view
 
 MODEL = bytes(32)
 MASK = (1 << 61) - 1
+PREFILL_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +73,20 @@ def mix(one: int, other: int) -> int:
 class SimBlocks:
     """Some consecutive blocks, with their cache."""
 
-    def __init__(self, start: int, end: int) -> None:
+    def __init__(self, start: int, end: int, *, tells_steps_apart: bool = False) -> None:
         self.start, self.end = start, end
+        self.tells_steps_apart = tells_steps_apart
         self.digests: list[list[int]] = [[] for _ in range(start, end)]
 
-    def run(self, position: int, values: Iterable[int]) -> tuple[int, ...]:
+    def run(self, position: int, values: Sequence[int]) -> tuple[int, ...]:
+        """The outputs of one step; with `tells_steps_apart` they show how long it was."""
         outputs = []
         for digests in self.digests:
             del digests[position:]
         for value in values:
             for block, digests in enumerate(self.digests, self.start):
+                if self.tells_steps_apart:
+                    value = mix(value, len(values))
                 digest = mix(digests[-1] if digests else 7, value)
                 digests.append(digest)
                 value = mix(digest, block)
@@ -89,10 +94,14 @@ class SimBlocks:
         return tuple(outputs)
 
 
-def expected_tokens(num_blocks: int, prompt: tuple[int, ...], count: int) -> list[int]:
-    """What an undisturbed model of one piece makes of a prompt."""
-    model = SimBlocks(0, num_blocks)
-    last = model.run(0, prompt)[-1]
+def expected_tokens(
+    num_blocks: int, prompt: tuple[int, ...], count: int, *, tells_steps_apart: bool = False
+) -> list[int]:
+    """What an undisturbed chain makes of a prompt."""
+    model = SimBlocks(0, num_blocks, tells_steps_apart=tells_steps_apart)
+    last = 0
+    for start in range(0, len(prompt), PREFILL_TOKENS):
+        last = model.run(start, prompt[start : start + PREFILL_TOKENS])[-1]
     made = []
     for position in range(len(prompt), len(prompt) + count):
         made.append(last % 1009)
@@ -132,10 +141,25 @@ class SimServer:
 
 
 class World:
-    """Everything that happens, in order of time."""
+    """Everything that happens, in order of time.
 
-    def __init__(self, num_blocks: int, seed: int, *, latency_s: float = 0.02) -> None:
+    Args:
+        num_blocks: of the model.
+        seed: of all chance.
+        latency_s: of one way, on average.
+        is_replay_exact: sessions replay so, and the blocks tell if a step was not as it was first.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        seed: int,
+        *,
+        latency_s: float = 0.02,
+        is_replay_exact: bool = False,
+    ) -> None:
         self.num_blocks = num_blocks
+        self.is_replay_exact = is_replay_exact
         self.rng = random.Random(seed)
         self.latency_s = latency_s
         self.now = 0.0
@@ -270,6 +294,7 @@ class SimClient:
                 max_tokens=len(prompt) + count,
                 make_history=ListHistory,  # type: ignore[arg-type]
                 max_wait_s=max_wait_s,
+                is_replay_exact=world.is_replay_exact,
                 prefers_hand_over=lambda old, new, tokens: True,
             )
         )
@@ -283,9 +308,9 @@ class SimClient:
 
     def _prefill(self) -> None:
         """In pieces, all at once; the last one gives the first token."""
-        for start in range(0, len(self.prompt), 16):
-            piece = self.prompt[start : start + 16]
-            is_last = start + 16 >= len(self.prompt)
+        for start in range(0, len(self.prompt), PREFILL_TOKENS):
+            piece = self.prompt[start : start + PREFILL_TOKENS]
+            is_last = start + PREFILL_TOKENS >= len(self.prompt)
             self._submit(start, piece, Wanted.LAST if is_last else Wanted.NONE)
 
     def _submit(self, position: int, values: tuple[int, ...], wanted: str) -> None:
@@ -380,7 +405,7 @@ class SimClient:
                 action.hop,
                 server,
                 HopSession(max_tokens=10**6, max_step_tokens=128),
-                SimBlocks(action.at.start, action.at.end),
+                SimBlocks(action.at.start, action.at.end, tells_steps_apart=world.is_replay_exact),
                 action.previous,
             )
             server.hops[self.number, action.hop] = hop

@@ -275,6 +275,39 @@ async def test_a_dead_hop_is_replaced_and_nothing_is_lost(
         assert swarm.histories.memory_bytes == 0
 
 
+@pytest.mark.parametrize("dead", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
+async def test_an_exact_replay_gives_the_same_bits(
+    checkpoint: Checkpoint, dead: tuple[int, ...]
+) -> None:
+    spans = [(0, 1), (1, 3), (3, 4)]
+
+    async def run(kill_at: int) -> tuple[list[bytes], list[int]]:
+        async with open_swarm(checkpoint, *spans, *spans) as swarm:
+            session = await swarm.open(
+                chain=swarm.hops()[:3], codec="int8", is_replay_exact=True, max_tokens=40
+            )
+            outputs = []
+            at = 0
+            for size in (13, 7, *[1] * 20):
+                if at == kill_at:
+                    for hop in dead:
+                        swarm.hub.kill(swarm.networks[hop].peer)
+                rows_SD = swarm.hidden_SD[at : at + size]
+                result = await session.run_step(
+                    to_wire(rows_SD, "int8"), position=at, wanted=Wanted.LAST
+                )
+                assert result.hidden is not None
+                outputs.append(bytes(result.hidden.data))
+                at += size
+            spares = [swarm.hosted[len(spans) + hop] for hop in dead]
+            return outputs, [spare.prefill_steps for spare in spares]
+
+    undisturbed, _ = await run(kill_at=-1)
+    disturbed, prefills = await run(kill_at=30)
+    assert disturbed == undisturbed
+    assert prefills == [2] * len(dead)  # as they were; what was decoded is decoded again
+
+
 async def test_a_leaving_hop_hands_its_cache_over(checkpoint: Checkpoint) -> None:
     async with open_swarm(checkpoint, (0, 2), (2, 4), (2, 4)) as swarm:
         news: list[object] = []
