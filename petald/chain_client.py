@@ -64,7 +64,7 @@ from petald.session_actions import (
     StepResultRows,
     Waiting,
 )
-from petald.tensors import check_wire
+from petald.tensors import check_rows
 
 log = get_logger(__name__)
 
@@ -506,7 +506,7 @@ class ChainSession:
         )
 
     def _check_rows(self, hidden: WireTensor) -> None:
-        check_wire(hidden, hidden_size=self._model.hidden_size, max_tokens=self.max_tokens)
+        check_rows(hidden, hidden_size=self._model.hidden_size, max_tokens=self.max_tokens)
 
     def _on_failed(self, line: _Line, code: str, text: str, retry_after_s: float = 0.0) -> None:
         log.debug("hop lost", peer=line.at.peer, code=code, reason=text)

@@ -96,14 +96,31 @@ def from_wire(
     Raises:
         RemoteProtocolError: it is something else, or holds numbers that are not finite.
     """
+    rows_SD = _decode(tensor, hidden_size, max_tokens).to(dtype)
+    _check_finite(rows_SD)
+    return rows_SD.to(device)
+
+
+def check_rows(tensor: WireTensor, *, hidden_size: int, max_tokens: int) -> None:
+    """Checks all that `from_wire` does, for hidden states that are kept as they came.
+
+    Raises:
+        RemoteProtocolError: they are something else, or hold numbers that are not finite.
+    """
+    _check_finite(_decode(tensor, hidden_size, max_tokens))
+
+
+def _decode(tensor: WireTensor, hidden_size: int, max_tokens: int) -> torch.Tensor:
     codec = check_wire(tensor, hidden_size=hidden_size, max_tokens=max_tokens)
     data_SR = torch.frombuffer(tensor.data, dtype=torch.uint8).view(tensor.shape[0], -1)
-    rows_SD = codec.decode(data_SR, hidden_size, _wire_dtype(tensor.dtype)).to(dtype)
+    return codec.decode(data_SR, hidden_size, _wire_dtype(tensor.dtype))
+
+
+def _check_finite(rows_SD: torch.Tensor) -> None:
     # One pass: a sum is finite just when every number is, but for sums beyond 1e38, which no
     # model's hidden states come near.
-    if not math.isfinite(rows_SD.sum(dtype=_SUM_DTYPES.get(dtype))):
-        raise RemoteProtocolError(f"hidden states came with numbers not finite in {dtype}")
-    return rows_SD.to(device)
+    if not math.isfinite(rows_SD.sum(dtype=_SUM_DTYPES.get(rows_SD.dtype))):
+        raise RemoteProtocolError(f"hidden states came with numbers not finite in {rows_SD.dtype}")
 
 
 def _wire_dtype(name: str) -> torch.dtype:

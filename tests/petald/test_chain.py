@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from p2p.wire.tensor import WireTensor
 from petald.chain_client import ChainModel, ChainSession
 from petald.config import ServeConfig
 from petald.errors import BadRequest, MissingBlocks, SessionLost
-from petald.executor import open_executor
+from petald.executor import Timed, open_executor
 from petald.history import HistoryStore
 from petald.hosted_span import HostedSpan
 from petald.routing import Hop
@@ -60,7 +62,6 @@ class FixedChooser:
     def __init__(self, swarm: Swarm, chain: tuple[Hop, ...] | None) -> None:
         self.swarm = swarm
         self.chain = chain
-        self.penalised: list[str] = []
 
     async def choose(self, need: NeedChain) -> Sequence[Hop]:
         await trio.lowlevel.checkpoint()
@@ -86,7 +87,7 @@ class FixedChooser:
         return None
 
     def penalise(self, peer: str) -> None:
-        self.penalised.append(peer)
+        self.swarm.penalised.append(peer)
 
 
 class Swarm:
@@ -102,6 +103,7 @@ class Swarm:
         self.hosted: list[HostedSpan] = []
         self.histories = HistoryStore(limit_bytes=1 << 20)
         self.pushes = 0
+        self.penalised: list[str] = []
         whole = load_span(checkpoint, 0, 4, dtype=torch.float32, device=CPU)
         self.hidden_SD = torch.randn(40, 48, generator=torch.Generator().manual_seed(0))
         self.expected_SD = whole.forward(self.hidden_SD[None])[0]
@@ -306,6 +308,33 @@ async def test_an_exact_replay_gives_the_same_bits(
     disturbed, prefills = await run(kill_at=30)
     assert disturbed == undisturbed
     assert prefills == [2] * len(dead)  # as they were; what was decoded is decoded again
+
+
+@pytest.mark.parametrize("hop", [0, 1])
+@pytest.mark.parametrize("tokens", [1, 8])
+async def test_a_hop_that_gives_no_numbers_is_replaced(
+    checkpoint: Checkpoint, hop: int, tokens: int
+) -> None:
+    spans = [(0, 2), (2, 4)]
+    async with open_swarm(checkpoint, *spans, *spans) as swarm:
+        session = await swarm.open(chain=swarm.hops()[:2])
+        await session.run_step(to_wire(swarm.hidden_SD[:8]), position=0, wanted=Wanted.LAST)
+        bad = swarm.hosted[hop]
+        run_step = bad.run_step
+
+        async def run_badly(*args: Any, **options: Any) -> Timed:
+            timed = await run_step(*args, **options)
+            return replace(timed, value=timed.value * math.nan)
+
+        bad.run_step = run_badly  # type: ignore[method-assign]
+        result = await session.run_step(
+            to_wire(swarm.hidden_SD[8 : 8 + tokens]), position=8, wanted=Wanted.ALL
+        )
+        torch.testing.assert_close(
+            swarm.decode(result.hidden), swarm.expected_SD[8 : 8 + tokens], rtol=1e-4, atol=1e-3
+        )
+        assert swarm.penalised == [swarm.networks[hop].peer]
+        assert session.chain[hop].peer == swarm.networks[2 + hop].peer
 
 
 async def test_a_leaving_hop_hands_its_cache_over(checkpoint: Checkpoint) -> None:
