@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from p2p.wire.session_messages import (
     Wanted,
 )
 from p2p.wire.tensor import RAW, WireTensor
-from petald.errors import MissingBlocks, PetaldError, SessionLost, leaves
+from petald.errors import BadRequest, MissingBlocks, PetaldError, SessionLost, leaves
 from petald.history import HistoryStore
 from petald.log import get_logger
 from petald.routing import Hop
@@ -261,12 +262,13 @@ class ChainSession:
 
         Raises:
             SessionLost, MissingBlocks, HopFailed: the session is lost.
-            BadRequest: the step does not follow the ones before.
+            BadRequest: the step does not follow the ones before, or is no finite hidden states.
 
         Cancellation: the step is taken back, and those after it; the session can be used on.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check()
+        self._check_own(hidden)
         ticket, actions = self._machine.submit(position, hidden, wanted, trio.current_time())
         step = self._steps[ticket] = _Step()
         self._carry_out(actions)
@@ -504,6 +506,12 @@ class ChainSession:
         return machine.on_step_failed(
             line.id, failed.number, failed.code, failed.text, failed.culprit, now
         )
+
+    def _check_own(self, hidden: WireTensor) -> None:
+        try:
+            check_rows(hidden, hidden_size=self._model.hidden_size, max_tokens=sys.maxsize)
+        except RemoteProtocolError as error:
+            raise BadRequest(str(error)) from error
 
     def _check_rows(self, hidden: WireTensor) -> None:
         check_rows(hidden, hidden_size=self._model.hidden_size, max_tokens=self.max_tokens)

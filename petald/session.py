@@ -18,7 +18,7 @@ at least the committed rows, and exactly those that the histories hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from p2p.wire.session_messages import HopTime
@@ -37,7 +37,6 @@ from petald.session_actions import (
     SendHandOver,
     SendLinkNext,
     SendLinkPrevious,
-    SendProbe,
     StepDone,
     StepLost,
     StepResultRows,
@@ -46,21 +45,15 @@ from petald.session_actions import (
 from petald.session_build import Build, Stage
 from petald.session_flow import MAX_IN_FLIGHT, Flow
 from petald.session_hop import (
-    LONGEST_ALLOWANCE_S,
-    PROBE_S,
-    STUCK_S,
     HopRecord,
     HopState,
-    ProbeState,
     Request,
     RequestKind,
 )
+from petald.session_watch import STUCK_S, Watch
 
 OPEN_S = 5.0
 """For opening a hop: a dial, two handshakes and one round trip over a slow home link."""
-
-LINK_S = 5.0
-"""For one hop's dial to the next, and for the answer."""
 
 HAND_OVER_S = 60.0
 """For a cache on its way from hop to hop; meanwhile the old one serves."""
@@ -79,6 +72,18 @@ LONGEST_AVOID_S = 30.0
 MAX_ATTEMPTS = 8
 """Choices that come to nothing before a session is given up whose user does not want to wait."""
 
+MAX_MISBEHAVED = 4
+"""Hops in turn that do not take, or do not give, what they must, without a step done in between:
+then the fault is in what is sent, or in the model, and no other server will mend it."""
+
+LEAST_STEP_TOKENS = 16
+"""A server that takes less at once would make every prefill of the session crawl."""
+
+MAX_QUOTED = 512
+"""Characters of what a hop says that are repeated."""
+
+MAX_AVOIDED = 1024
+
 LAG_S = 1.0
 """A timer that comes so late tells of a pause of this process, not of the hops' silence."""
 
@@ -88,6 +93,8 @@ CODE_MISBEHAVED = "remote_protocol_error"
 CODE_OPENED = "opened"
 CODE_LEAVING = "leaving"
 CODE_BETTER = "better"
+CODE_REFUSED = "step_refused"
+CODE_SESSION_IDLE = "session_idle"
 
 FAULTS = frozenset(
     {
@@ -153,9 +160,11 @@ class Session:
         self._halted_at = 0.0
         self._last_id = 0
         self._avoid: dict[str, tuple[float, int]] = {}
+        self._misbehaved = 0
+        self._watch = Watch(self._flow, self._records, self._new_id)
         self._actions: list[Action] = []
         self.max_step_tokens = 0
-        self.counts = Counts()
+        self._counts = Counts()
 
     @property
     def is_running(self) -> bool:
@@ -176,6 +185,11 @@ class Session:
     def is_moving(self) -> bool:
         """Whether some blocks are on their way to other servers."""
         return bool(self._builds)
+
+    @property
+    def counts(self) -> Counts:
+        """What it has gone through."""
+        return replace(self._counts, probes=self._watch.probes)
 
     @property
     def submitted_rows(self) -> int:
@@ -200,6 +214,8 @@ class Session:
         """
         rows = self._flow.rows
         tokens = hidden.shape[0]
+        if not tokens:
+            raise BadRequest("a step without tokens came; at least one is needed")
         if not 0 <= position <= rows:
             raise BadRequest(f"a step at {position} does not follow the {rows} tokens before it")
         if position + tokens > self._settings.max_tokens:
@@ -209,6 +225,10 @@ class Session:
             )
         if position < rows:
             self._rewind(position)
+        for build in self._builds:
+            if build.stage is Stage.RESTING:
+                self._choose(build)
+                self._halted_at = build.noticed_at = now
         ticket = self._new_id()
         self._flow.submit(ticket, position, hidden, wanted)
         return ticket, self._take(now)
@@ -278,8 +298,9 @@ class Session:
         if hop is not None and hop.state is HopState.OPENING:
             hop.state = HopState.OPEN
             hop.max_step_tokens = max_step_tokens
-            if max_step_tokens < max(1, self.max_step_tokens):
-                text = f"takes steps of {max_step_tokens} tokens; {self.max_step_tokens} are sent"
+            least = self.max_step_tokens or min(LEAST_STEP_TOKENS, self._settings.max_tokens)
+            if max_step_tokens < least:
+                text = f"takes steps of {max_step_tokens} tokens; {least} are sent"
                 self._fail(hop, "step_too_long", text, now)
         return self._take(now)
 
@@ -316,7 +337,9 @@ class Session:
             target = self._records.get(asked.target)
             if asked.kind is RequestKind.HAND_OVER:
                 self._on_hand_over_failed(request)
-            elif asked.kind is RequestKind.LINK_NEXT and target is not None:
+            elif asked.kind is RequestKind.LINK_PREVIOUS:
+                self._fail(hop, CODE_MISBEHAVED, f"{code}: {text}", now)
+            elif target is not None:
                 self._lose_link(hop, target, f"{code}: {text}", now)
         return self._take(now)
 
@@ -325,6 +348,7 @@ class Session:
         hop = self._records.get(hop_id)
         sent = self._flow.find(number, hop)
         if hop is None or sent is None:
+            self._take_stale(hop, now)
             return []
         if hop is sent.route[-1] or hidden.shape[0] != sent.tokens:
             self._fail(hop, CODE_MISBEHAVED, "sent an output that was not asked for", now)
@@ -344,12 +368,14 @@ class Session:
         hop = self._records.get(hop_id)
         sent = self._flow.find(number, hop)
         if hop is None or sent is None:
+            self._take_stale(hop, now)
             return []
         rows = 0 if hidden is None else hidden.shape[0]
         if hop is not sent.route[-1] or rows != sent.result_rows:
             self._fail(hop, CODE_MISBEHAVED, "sent a result that was not asked for", now)
             return self._take(now)
         ticket = self._flow.take_result(hop, sent, now)
+        self._misbehaved = 0
         if ticket is not None:
             self._actions.append(StepDone(ticket, StepResultRows(hidden, times)))
         return self._take(now)
@@ -358,18 +384,20 @@ class Session:
         self, hop_id: int, number: int, code: str, text: str, culprit: str | None, now: float
     ) -> list[Action]:
         """A hop could not do a step, or cannot go on."""
-        hop, sent = self._records.get(hop_id), self._flow.find_any(number)
-        if hop is None or (number and sent is None):
-            return []
+        hop = self._records.get(hop_id)
+        sent = self._flow.find(number, hop)
+        if hop is None or (number and sent is None):  # of a step that does not matter any more
+            self._take_stale(hop, now)
+            return self._take(now)
         route = sent.route if sent is not None else tuple(self._route_of(hop))
-        index = route.index(hop) if hop in route else 0
-        if code == CODE_NEXT_HOP_LOST and index + 1 < len(route):
+        index = route.index(hop) if hop in route else -1
+        if code == CODE_NEXT_HOP_LOST and 0 <= index < len(route) - 1:
             if route[index + 1].state is not HopState.GONE:
                 self._lose_link(hop, route[index + 1], text, now)
-        elif code == CODE_MISBEHAVED and index == 0 and sent is not None:
-            self._end(BadRequest(f"{hop.peer} does not take what was sent to it: {text!r}"))
-        elif culprit is None or code != CODE_MISBEHAVED:
+        elif culprit is None or code != CODE_MISBEHAVED or index < 0:
             self._fail(hop, code, text, now)
+        elif index == 0:  # what it does not take came from here
+            self._fail(hop, CODE_REFUSED, text, now)
         else:  # it may be the hop before; who says so again and again is it himself
             hop.blames += 1
             self._fail(route[index - 1] if hop.blames == 1 else hop, code, text, now)
@@ -378,17 +406,11 @@ class Session:
     def on_probe_reply(self, hop_id: int, request: int, received: int, now: float) -> list[Action]:
         """A hop lives; the newest step that reached it was ``received``."""
         hop = self._records.get(hop_id)
-        probe = hop.probe if hop is not None else None
-        if hop is not None and probe is not None and probe.request == request:
-            probe.request = None
-            probe.allowance_s = min(2 * probe.allowance_s, LONGEST_ALLOWANCE_S)
-            probe.due_at = now + probe.allowance_s
+        if hop is not None and self._watch.on_reply(hop, request, received, now):
             route = self._route_of(hop)
-            index = route.index(hop)
-            if received < probe.number and index:
-                probe.misses += 1
-                if probe.misses > 1:
-                    self._lose_link(route[index - 1], hop, "a step did not arrive", now)
+            index = route.index(hop) if hop in route else 0
+            if index:
+                self._lose_link(route[index - 1], hop, "a step did not arrive", now)
         return self._take(now)
 
     def on_leaving(self, hop_id: int, now: float) -> list[Action]:
@@ -397,15 +419,10 @@ class Session:
         if hop is None or hop.is_leaving:
             return []
         hop.is_leaving = True
-        self._avoid[hop.peer] = (now + LONGEST_AVOID_S, 0)
-        build = self._find_build(hop)
-        if build is None and hop in self._chain and not self._covering_builds(hop):
-            build = self._add_build(
-                hop.at.start, hop.at.end, code=CODE_LEAVING, now=now, is_urgent=False
-            )
-            build.old_peers = (hop.peer,)
-        elif build is not None:
+        self._avoid_peer(hop.peer, now + LONGEST_AVOID_S, 0)
+        if self._find_build(hop) is not None:
             self._fail(hop, CODE_LEAVING, "it is leaving", now)
+        self._replace_leaving(now)
         return self._take(now)
 
     # Time.
@@ -416,15 +433,8 @@ class Session:
         for hop in self._records.values():
             if hop.state is HopState.OPENING:
                 due.append(hop.due_at)
-            due += [request.due_at for request in hop.requests.values()]
-            if hop.probe is not None:
-                due.append(hop.probe.due_at)
-        due += [
-            since + hop.laps.allowance_s(sent.tokens)
-            for hop, sent, since in self._flow.suspects()
-            if hop.probe is None
-        ]
-        return min(due, default=float("inf"))
+            due += [_overdue_at(hop, request) for request in hop.requests.values()]
+        return min(self._watch.next_deadline(), *due, float("inf"))
 
     def on_timer(self, now: float) -> list[Action]:
         """Time has passed."""
@@ -435,44 +445,33 @@ class Session:
         for build in list(self._builds):
             if build.stage is Stage.WAITING and now >= build.retry_at:
                 self._choose(build)
-        for hop, sent, since in list(self._flow.suspects()):
-            allowance_s = hop.laps.allowance_s(sent.tokens)
-            if hop.probe is None and now >= since + allowance_s:
-                hop.probe = ProbeState(None, now, since, allowance_s, sent.number)
+        actions, silences = self._watch.on_timer(now)
+        self._actions += actions
+        for silence in silences:
+            self._fail(silence.hop, CODE_NO_ANSWER, silence.text, now, silent_s=silence.silent_s)
         for hop in list(self._records.values()):
-            if hop.state is not HopState.GONE:
-                self._check_hop(hop, now)
+            self._check_hop(hop, now)
         return self._take(now)
 
     def _check_hop(self, hop: HopRecord, now: float) -> None:
-        probe = hop.probe
         for number, request in list(hop.requests.items()):
-            if now >= request.due_at and request.kind is RequestKind.HAND_OVER:
+            if now < _overdue_at(hop, request):
+                continue
+            if request.kind is RequestKind.HAND_OVER:
                 del hop.requests[number]
                 self._on_hand_over_failed(number)
-            elif now >= request.due_at:
+            else:
                 self._fail(hop, CODE_NO_ANSWER, "did not answer to a link", now)
                 return
         if hop.state is HopState.OPENING and now >= hop.due_at:
             self._fail(hop, CODE_NO_ANSWER, f"did not open a session within {OPEN_S:g} s", now)
-        elif probe is not None and now >= probe.due_at:
-            silent_s = now - probe.since
-            if probe.request is not None or silent_s > STUCK_S:
-                text = f"was silent for {silent_s:.1f} s"
-                self._fail(hop, CODE_NO_ANSWER, text, now, silent_s=silent_s)
-            else:
-                probe.request = self._new_id()
-                # A probe waits behind the step that is being sent, which may be a long one.
-                probe.due_at = now + max(PROBE_S, probe.allowance_s / 2)
-                self.counts.probes += 1
-                self._actions.append(SendProbe(hop.id, probe.request))
 
     def _forgive(self, now: float) -> None:
         """Gives every hop its time again: it was this process that stood still."""
         for hop in self._records.values():
             hop.due_at = max(hop.due_at, now + OPEN_S)
             for request in hop.requests.values():
-                request.due_at = max(request.due_at, now + LINK_S)
+                request.asked_at = now
             hop.probe = None
             hop.last_output_at = now
 
@@ -492,22 +491,27 @@ class Session:
         if self._has_ended or hop.state is HopState.GONE:
             return
         self._drop_hop(hop)
-        if code in FAULTS:
+        if code in FAULTS and not hop.is_leaving:
             self._actions.append(Penalise(hop.peer, code))
         _, times = self._avoid.get(hop.peer, (0.0, 0))
         if hop.last_output_at:  # it was of use: it may be again
             times = 0
         avoid_s = max(retry_after_s, min(AVOID_S * 2**times, LONGEST_AVOID_S))
-        self._avoid[hop.peer] = (now + avoid_s, min(times + 1, 8))
+        self._avoid_peer(hop.peer, now + avoid_s, min(times + 1, 8))
         at = hop.at
+        text = text[:MAX_QUOTED]
         error = HopFailed(
             f"the hop {at.peer} for blocks {at.start}:{at.end} failed ({code}): {text!r}",
             peer=at.peer,
         )
+        if code in (CODE_MISBEHAVED, CODE_REFUSED):
+            self._misbehaved += 1
+            if self._misbehaved >= MAX_MISBEHAVED:
+                self._end(error)
+                return
         for build in self._builds:
             if build.source == hop.id:
-                build.source = build.hand_over = None
-                build.sent = build.done
+                self._give_up_hand_over(build)
         build_of_hop = self._find_build(hop)
         if build_of_hop is not None:
             self._start_again(build_of_hop, error, now)
@@ -523,6 +527,8 @@ class Session:
             self._chain.remove(hop)
             build = self._add_build(at.start, at.end, code=code, now=now, is_urgent=True)
             build.old_peers, build.silent_s = (at.peer,), silent_s
+            if code == CODE_SESSION_IDLE and not self._flow.tickets:
+                build.stage = Stage.RESTING
 
     def _start_again(self, build: Build, error: PetaldError, now: float) -> None:
         """Other servers must do what the build's could not."""
@@ -534,6 +540,7 @@ class Session:
                 build.stage, build.retry_at = Stage.WAITING, now + RETRY_S
             else:
                 self._builds.remove(build)
+                self._replace_leaving(now)
         elif build.attempts >= MAX_ATTEMPTS and now >= gives_up_at:
             self._end(error)
         else:
@@ -552,10 +559,28 @@ class Session:
             culprit = hop if len(hop.link_failures) > 1 else target
             self._fail(culprit, CODE_NEXT_HOP_LOST, text, now)
         elif self._find_build(hop) is None and self._find_build(target) is None:
-            self.counts.relinks += 1
+            self._counts.relinks += 1
             self._halt(now)
         elif self._find_build(hop) is self._find_build(target):
             self._fail(target, CODE_NEXT_HOP_LOST, text, now)
+
+    def _replace_leaving(self, now: float) -> None:
+        """Makes others ready for the hops that said that they leave."""
+        for hop in self._chain:
+            if hop.is_leaving and not self._covering_builds(hop):
+                start, end = hop.at.start, hop.at.end
+                build = self._add_build(start, end, code=CODE_LEAVING, now=now, is_urgent=False)
+                build.old_peers = (hop.peer,)
+
+    def _avoid_peer(self, peer: str, until: float, times: int) -> None:
+        if len(self._avoid) >= MAX_AVOIDED:
+            self._avoid.clear()
+        before, _ = self._avoid.get(peer, (0.0, 0))
+        self._avoid[peer] = max(before, until), times
+
+    def _take_stale(self, hop: HopRecord | None, now: float) -> None:
+        if hop is not None:
+            self._flow.take_stale(hop, now)
 
     def _halt(self, now: float) -> None:
         """Stands still: only what is committed counts, and steps will be sent again."""
@@ -627,7 +652,8 @@ class Session:
 
     def _choose_source(self, build: Build, chain: Sequence[Hop]) -> HopRecord | None:
         """The hop that may hand its cache over."""
-        if build.code != CODE_LEAVING or build.is_urgent or len(chain) != 1:
+        is_fit = build.code == CODE_LEAVING and not build.is_urgent and build.may_hand_over
+        if not is_fit or len(chain) != 1:
             return None
         old = next((hop for hop in self._chain if hop.at.start == build.start), None)
         return None if old is None or old.at.end != build.end else old
@@ -644,12 +670,9 @@ class Session:
                 build.source = None
         if build.source is not None and committed and not build.done:
             build.hand_over, build.sent = self._new_id(), committed
-            source.requests[build.hand_over] = Request(
-                RequestKind.HAND_OVER, build.hops[0].id, now + HAND_OVER_S
-            )
-            self._actions.append(
-                SendHandOver(source.id, build.hand_over, build.hops[0].id, committed)
-            )
+            target = build.hops[0].id
+            source.requests[build.hand_over] = Request(RequestKind.HAND_OVER, target, now)
+            self._actions.append(SendHandOver(source.id, build.hand_over, target, committed))
             return
         longest = min(hop.max_step_tokens for hop in build.hops)
         while build.sent < committed and build.in_flight < MAX_IN_FLIGHT:
@@ -661,7 +684,7 @@ class Session:
             )
             build.sent += hidden.shape[0]
             build.replayed_tokens += hidden.shape[0]
-            self.counts.replayed_tokens += hidden.shape[0]
+            self._counts.replayed_tokens += hidden.shape[0]
 
     def _on_handed_over(self, request: int) -> None:
         for build in self._builds:
@@ -669,17 +692,30 @@ class Session:
                 build.hand_over = build.source = None
                 build.done = build.sent
                 build.handed_over_tokens += build.done
-                self.counts.handed_over_tokens += build.done
+                self._counts.handed_over_tokens += build.done
 
     def _on_hand_over_failed(self, request: int) -> None:
         for build in self._builds:
             if build.hand_over == request:
-                build.hand_over = build.source = None
-                build.sent = build.done = 0
+                self._give_up_hand_over(build)
+
+    def _give_up_hand_over(self, build: Build) -> None:
+        """Has the blocks built by replay.
+
+        Where a hand-over began, by another hop: what this one was sent may still be on its way, or
+        be taken back, and would fall into the midst of a replay.
+        """
+        has_begun = build.hand_over is not None
+        build.source = build.hand_over = None
+        build.may_hand_over = False
+        if has_begun:
+            self._drop_build_hops(build)
+            self._choose(build)
 
     def _take_over(self, build: Build) -> None:
         """Puts a build in the place of the hops that it was made beside; the session stands."""
         build.is_urgent = True
+        build.attempts, build.waiting_since = 0, None
         inside = [hop for hop in self._chain if build.start <= hop.at.start < build.end]
         build.retired = [hop for hop in inside if hop.state is not HopState.GONE]
         self._chain = [hop for hop in self._chain if hop not in inside]
@@ -710,7 +746,7 @@ class Session:
         histories.update(build.histories)
         for hop in build.retired:
             self._drop_hop(hop)
-        self.counts.moves += 1
+        self._counts.moves += 1
         self._actions.append(
             Moved(
                 build.start,
@@ -740,12 +776,15 @@ class Session:
             withholder = self._flow.drop_withheld()
             if withholder is not None:
                 self._fail(withholder, CODE_MISBEHAVED, "keeps its outputs back", now)
+            if withholder is not None and not self._has_ended:
                 self._advance(now)
         actions, self._actions = self._actions, []
         return actions
 
     def _advance(self, now: float) -> None:
         if self._builds:
+            if not self._is_running:  # before the replays, in whose order a hop takes them
+                self._ensure_linked(self._placed(), now)
             for build in self._builds:
                 if build.stage is Stage.CHOOSING and not build.question:
                     self._ask_for_chain(build, now)
@@ -792,7 +831,7 @@ class Session:
         for number in [n for n, request in hop.requests.items() if request.kind is kind]:
             del hop.requests[number]
         request = self._new_id()
-        hop.requests[request] = Request(kind, target, now + LINK_S)
+        hop.requests[request] = Request(kind, target, now)
         return request
 
     def _committed(self) -> int:
@@ -848,6 +887,12 @@ class Session:
     def _new_id(self) -> int:
         self._last_id += 1
         return self._last_id
+
+
+def _overdue_at(hop: HopRecord, request: Request) -> float:
+    if request.kind is RequestKind.HAND_OVER:
+        return request.asked_at + HAND_OVER_S
+    return max(request.asked_at, hop.last_output_at) + STUCK_S
 
 
 def _covers(chain: Sequence[Hop], start: int, end: int) -> bool:

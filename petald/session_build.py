@@ -19,6 +19,7 @@ class Stage(Enum):
 
     CHOOSING = "choosing"
     WAITING = "waiting"
+    RESTING = "resting"
     BUILDING = "building"
 
 
@@ -31,6 +32,7 @@ class Build:
         old_peers: who ran the blocks before.
         noticed_at: when the need arose.
         silent_s: how long a hop that was given up for its silence had been silent.
+        stage: `Stage.RESTING` until a step is submitted, where the blocks were lost in idleness.
         question: the one that is open, while `stage` is `Stage.CHOOSING`; 0 until it is asked.
         retry_at: when to choose again, while it is `Stage.WAITING`.
         attempts: choices that came to nothing.
@@ -39,6 +41,7 @@ class Build:
         done: tokens that the new hops have cached.
         in_flight: replayed steps that are not done.
         source: the number of the hop that may hand its cache over.
+        may_hand_over: no hand-over for this build has failed yet.
         hand_over: the request for it, while it is open.
         retired: hops that are closed when this build takes their place.
     """
@@ -61,6 +64,7 @@ class Build:
     done: int = 0
     in_flight: int = 0
     source: int | None = None
+    may_hand_over: bool = True
     hand_over: int | None = None
     replayed_tokens: int = 0
     handed_over_tokens: int = 0

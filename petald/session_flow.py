@@ -128,10 +128,6 @@ class Flow:
         sent = self._sent.get(number)
         return sent if sent is not None and hop is not None and hop.id in sent.silent else None
 
-    def find_any(self, number: int) -> SentStep | None:
-        """The step under way of this number."""
-        return self._sent.get(number)
-
     def committed(self, borders: Collection[int]) -> int:
         """How many rows all of these borders have seen, and the last hop has done."""
         return min([self._done_rows, *(self.histories[border].rows for border in borders)])
@@ -148,7 +144,10 @@ class Flow:
         return None if pending is None else pending.position
 
     def rewind(self, position: int) -> list[int]:
-        """Takes back all rows from a position on; gives the tickets of steps that are lost."""
+        """Takes back all rows from a position on; gives the tickets of steps that are lost.
+
+        A replayed piece that reaches beyond the position is to be sent again, as far as it counts.
+        """
         for history in self.histories.values():
             history.truncate(min(history.rows, position))
         del self._starts[bisect_left(self._starts, position) :]
@@ -159,8 +158,11 @@ class Flow:
             del self._pending[ticket]
         for number, sent in list(self._sent.items()):
             if sent.end > position:
-                del self._sent[number]
+                self._drop(number)
                 self._count_done(sent)
+                if sent.build is not None:
+                    sent.build.sent = min(sent.build.sent, sent.position)
+                    sent.build.done = min(sent.build.done, sent.position)
         return late
 
     def halt(self) -> None:
@@ -171,13 +173,21 @@ class Flow:
             pending.number = None
 
     def resume(self, committed: int) -> None:
-        """What is not committed is to be sent, in order."""
+        """What is not committed is to be sent, in order.
+
+        What crossed a border beyond that, and what came of it, does not count: it will be computed
+        again, by other hops perhaps, to other bits.
+        """
+        for border, history in self.histories.items():
+            if border:
+                history.truncate(min(history.rows, committed))
+        self._done_rows = min(self._done_rows, committed)
         self._redo_at = committed
 
     def forget(self, build: Build | None) -> None:
         """Forgets what is under way to a build's hops, or else through the chain."""
         for number in [n for n, sent in self._sent.items() if sent.build is build]:
-            del self._sent[number]
+            self._drop(number)
 
     def piece_end(self, position: int, end: int, max_step_tokens: int) -> int:
         """Where a piece ends that is sent again from a position on, if it goes no further."""
@@ -185,6 +195,12 @@ class Flow:
             return min(end, position + min(REPLAY_TOKENS, max_step_tokens))
         following = bisect_right(self._starts, position)
         return min(end, self._starts[following]) if following < len(self._starts) else end
+
+    def _drop(self, number: int) -> None:
+        sent = self._sent.pop(number)
+        for hop in sent.route:
+            if hop.id in sent.silent:
+                hop.owed += 1
 
     def pump(self, chain: Sequence[HopRecord], max_step_tokens: int, now: float) -> list[SendStep]:
         """What may be sent now: first what is to be done again, then what was submitted."""
@@ -278,6 +294,13 @@ class Flow:
             return None
         return sent.ticket
 
+    def take_stale(self, hop: HopRecord, now: float) -> None:
+        """An output that nobody waits for any more: it shows that the hop is at work."""
+        if hop.owed:
+            hop.owed -= 1
+            hop.last_output_at = now
+            hop.probe = None
+
     def suspects(self) -> list[tuple[HopRecord, SentStep, float]]:
         """Of each route, the hop that the oldest step under way waits for, and since when."""
         found = []
@@ -321,6 +344,8 @@ class Flow:
 
     def _note_progress(self, hop: HopRecord, sent: SentStep, now: float) -> None:
         index = sent.route.index(hop)
+        if index:
+            sent.route[index - 1].link_failures.pop(hop.id, None)
         if index >= sent.reached:
             if index == sent.reached:
                 hop.laps.add(sent.tokens, now - max(sent.reached_at, hop.last_output_at))

@@ -1,10 +1,9 @@
 """What a session knows of one of its hops: how it is linked, and how long it may be silent.
 
-Pure: times are arguments. How silence is judged: the time from a step's arrival at a hop (as the
-copy of the output before it shows) to its own output is a *lap*. Laps are averaged as TCP averages
-round trips (RFC 6298: mean and mean deviation). A hop that is silent for several laps is asked
-whether it lives, on the session's own stream, which it answers whatever it computes; only if that
-is not answered is it given up. So a slow hop is waited for, and a hung one is noticed soon.
+Pure: times are arguments. The time from a step's arrival at a hop (as the copy of the output before
+it shows) to its own output is a *lap*. Laps are averaged as TCP averages round trips (RFC 6298:
+mean and mean deviation). What is made of a hop that is silent for several laps is told in
+`petald.session_watch`.
 """
 
 from __future__ import annotations
@@ -23,13 +22,6 @@ FIRST_ALLOWANCE_PER_TOKEN_S = 0.05
 
 LEAST_ALLOWANCE_S = 0.15
 """Below this, the pauses of a busy operating system would be taken for silence."""
-
-PROBE_S = 0.5
-"""For a probe's answer: a far round trip, and the pause of a busy event loop."""
-
-LONGEST_ALLOWANCE_S = 10.0
-STUCK_S = 60.0
-"""A hop that lives but has not finished a step for so long is of no use to a session."""
 
 
 class HopState(Enum):
@@ -87,12 +79,12 @@ class Request:
     Attributes:
         kind: of it.
         target: the other hop's number; for a previous link that of the hop before.
-        due_at: when the answer is overdue.
+        asked_at: when.
     """
 
     kind: RequestKind
     target: int
-    due_at: float
+    asked_at: float
 
 
 @dataclass(slots=True)
@@ -104,7 +96,7 @@ class ProbeState:
         due_at: when the answer is overdue, or when the hop is to be asked again.
         since: when the silence began.
         allowance_s: between two probes.
-        number: of the step that it is silent about.
+        number: of the step that it is silent about; 0 where it is none.
         misses: answers that said that the step had not arrived.
     """
 
@@ -128,6 +120,7 @@ class HopRecord:
         next: the hop that it pushes to, likewise.
         max_step_tokens: the longest step that it takes.
         last_output_at: when its last output came.
+        owed: outputs that are still to come of steps that nobody waits for any more.
         link_failures: for each next hop, how often the link to it failed.
         blames: how often it held the hop before to be the cause of a failure.
     """
@@ -140,6 +133,7 @@ class HopRecord:
     next: int | None = None
     max_step_tokens: int = 0
     last_output_at: float = 0.0
+    owed: int = 0
     is_leaving: bool = False
     laps: Laps = field(default_factory=Laps)
     requests: dict[int, Request] = field(default_factory=dict)
