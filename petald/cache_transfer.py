@@ -76,7 +76,9 @@ async def receive_cache(
     hosted: HostedSpan,
     blocks: tuple[int, int],
 ) -> None:
-    """Takes the tokens that another hop hands over, and confirms them.
+    """Takes the tokens that another hop hands over.
+
+    The caller counts and confirms them. Cancelled, or after an error, the cache is empty.
 
     Raises:
         RemoteProtocolError: something else came.
@@ -92,7 +94,6 @@ async def receive_cache(
     finally:
         if not is_whole:
             await hosted.truncate_cache(cache, 0)
-    await messages.send(Ok())
 
 
 async def _receive_block(

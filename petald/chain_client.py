@@ -116,7 +116,11 @@ class ChainModel:
 
 @dataclass(eq=False, slots=True)
 class _Line:
-    """One hop's stream, and what waits to be sent on it."""
+    """One hop's stream, and what waits to be sent on it.
+
+    Attributes:
+        dtype: of the outputs that it copies to us, as the first one said.
+    """
 
     id: int
     at: Hop
@@ -124,6 +128,16 @@ class _Line:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     waiting: deque[Message] = field(default_factory=deque)
     wake: trio.Event = field(default_factory=trio.Event)
+    dtype: str | None = None
+
+    def send_step_soon(self, step: Step) -> None:
+        """Sends a step; those that it makes worthless are not sent any more."""
+        if any(isinstance(each, Step) and each.position >= step.position for each in self.waiting):
+            kept = [
+                e for e in self.waiting if not isinstance(e, Step) or e.position < step.position
+            ]
+            self.waiting = deque(kept)
+        self.send_soon(step)
 
     def send_soon(self, message: Message) -> None:
         self.waiting.append(message)
@@ -261,7 +275,8 @@ class ChainSession:
             meanwhile: awaited while the step is on its way.
 
         Raises:
-            SessionLost, MissingBlocks, HopFailed: the session is lost.
+            SessionLost, MissingBlocks, HopFailed: the session is lost; so it is where what was
+                sent cannot be kept.
             BadRequest: the step does not follow the ones before, or is no finite hidden states.
 
         Cancellation: the step is taken back, and those after it; the session can be used on.
@@ -269,7 +284,11 @@ class ChainSession:
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check()
         self._check_own(hidden)
-        ticket, actions = self._machine.submit(position, hidden, wanted, trio.current_time())
+        try:
+            ticket, actions = self._machine.submit(position, hidden, wanted, trio.current_time())
+        except SessionLost as error:
+            self._carry_out(self._machine.give_up(error))
+            raise
         step = self._steps[ticket] = _Step()
         self._carry_out(actions)
         try:
@@ -346,7 +365,7 @@ class ChainSession:
 
     def _send_step(self, action: SendStep) -> None:
         line = self._lines[action.hop]
-        line.send_soon(
+        line.send_step_soon(
             Step(
                 number=action.number,
                 position=action.position,
@@ -480,13 +499,20 @@ class ChainSession:
     async def _read(self, line: _Line, messages: MessageStream) -> None:
         """Takes what one hop has to say, until its stream ends."""
         while (received := await messages.receive()) is not None:
-            self._carry_out(self._take(line, received, trio.current_time()))
+            try:
+                actions = self._take(line, received, trio.current_time())
+            except SessionLost as error:
+                actions = self._machine.give_up(error)
+            self._carry_out(actions)
         self._on_failed(line, "stream_broken", "it ended the session")
 
     def _take(self, line: _Line, received: Message, now: float) -> Sequence[Action]:
         machine = self._machine
         if isinstance(received, StepOutput):
             self._check_rows(received.hidden)
+            line.dtype = line.dtype or received.hidden.dtype
+            if (received.hidden.dtype, received.hidden.codec) != (line.dtype, self.codec):
+                raise RemoteProtocolError("it changes how it writes its outputs")
             return machine.on_output(line.id, received.number, received.hidden, now)
         if isinstance(received, StepResult):
             if received.hidden is not None:

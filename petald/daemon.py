@@ -116,7 +116,8 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
             else:
                 server.stop_accepting()
                 await announcer.withdraw()
-                await server.drain(deadline_s=request.within_s)
+                if server.is_draining:  # it was not taken back meanwhile
+                    await server.drain(deadline_s=request.within_s)
             log.info("taken back" if request.undo else "drained", sessions=server.sessions)
             return Drained(job=request.job, sessions=before, left=server.sessions)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from p2p.wire.tensor import WireTensor
+from petald.errors import SessionLost
 
 
 class HistoryStore:
@@ -73,7 +74,11 @@ class InputHistory:
         return self._parts[-1].start + self._parts[-1].rows if self._parts else 0
 
     def append(self, hidden: WireTensor) -> None:
-        """Adds rows, ``[tokens, hidden]``, at the end."""
+        """Adds rows, ``[tokens, hidden]``, at the end.
+
+        Raises:
+            SessionLost: they cannot be written; the history is of no more use.
+        """
         tokens, hidden_size = hidden.shape
         row_bytes = len(hidden.data) // tokens
         part = self._parts[-1] if self._parts else None
@@ -84,7 +89,13 @@ class InputHistory:
         ):
             part = _Part(hidden.dtype, hidden.codec, hidden_size, row_bytes, self.rows)
             self._parts.append(part)
-        self._write(part, hidden.data)
+        try:
+            self._write(part, hidden.data)
+        except OSError as error:
+            raise SessionLost(
+                f"what a session sent cannot be kept ({error.strerror}); free some disk space, or "
+                "set [route] history_bytes higher"
+            ) from error
         part.rows += tokens
 
     def truncate(self, rows: int) -> None:

@@ -86,6 +86,10 @@ class HopSession:
         """So many tokens came from another hop's cache."""
         self.length = tokens
 
+    def on_new_previous(self) -> None:
+        """Another hop will push: what the one before counted does not bind it."""
+        self._last_number = None
+
     def on_truncated(self, length: int) -> None:
         """The cache was cut back, for a step that then failed."""
         self.length = min(self.length, length)

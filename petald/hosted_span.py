@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import trio
 
+from kernels.errors import CacheFull
 from kernels.kv_cache import CacheArena, SequenceCache
 from kernels.span import Segment, Span
 from petald.executor import Executor, Timed
@@ -20,6 +21,10 @@ from petald.scheduler import Priority
 
 MAX_DECODE_TOKENS = 4
 """A step of so few tokens is bound by reading the weights, like a decode step, and ranks as one."""
+
+
+STEP_TIME_WEIGHT = 0.02
+"""Of the newest decode step in their mean time: some fifty, a second or two, show a change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class HostedSpan:
         self.span = span
         self.arena = arena
         self._executor = executor
+        self._block_s: float | None = None
         self.decode_steps = 0
         self.prefill_steps = 0
 
@@ -53,6 +59,12 @@ class HostedSpan:
     def mean_queue_s(self) -> float:
         """How long decode steps waited lately for the device."""
         return self._executor.mean_queue_s
+
+    @property
+    def step_s(self) -> float | None:
+        """How long a decode step through the whole span lately took; none before the first."""
+        blocks = self.span.end - self.span.start
+        return None if self._block_s is None else self._block_s * blocks
 
     @property
     def queued_tokens(self) -> int:
@@ -153,12 +165,21 @@ class HostedSpan:
         )
         if is_decode:
             self.decode_steps += 1
+            self._note_block_time(timed.compute_s / (end - start))
         else:
             self.prefill_steps += 1
         return timed
 
+    def _note_block_time(self, seconds: float) -> None:
+        before = seconds if self._block_s is None else self._block_s
+        self._block_s = before + STEP_TIME_WEIGHT * (seconds - before)
+
     def _run_batch(self, works: Sequence[_StepWork]) -> Sequence[torch.Tensor]:
         for work in works:
+            if work.cache.length < work.position:  # what it would attend to is not there
+                raise CacheFull(
+                    f"a step at {work.position} came, and {work.cache.length} tokens are cached"
+                )
             work.cache.truncate(work.position)
         segments = [Segment(work.cache, work.hidden_SD.shape[0]) for work in works]
         first = works[0]

@@ -17,7 +17,7 @@ import trio
 
 from kernels.errors import KernelError
 from kernels.kv_cache import SequenceCache
-from p2p.errors import P2PError, RemoteProtocolError
+from p2p.errors import DeadlineExceeded, P2PError, RemoteProtocolError
 from p2p.network import Network, PeerAddress
 from p2p.rpc import MessageStream
 from p2p.wire.message import Message, expect
@@ -25,6 +25,7 @@ from p2p.wire.replies import Ok, Refusal
 from p2p.wire.session_messages import (
     MAX_HOPS,
     PUSH_PROTOCOL,
+    AttachCache,
     AttachPush,
     HandOver,
     HopTime,
@@ -43,7 +44,7 @@ from p2p.wire.session_messages import (
     StepResult,
     Wanted,
 )
-from petald.cache_transfer import send_cache
+from petald.cache_transfer import TRANSFER_DEADLINE_S, receive_cache, send_cache
 from petald.errors import PetaldError
 from petald.executor import Timed
 from petald.hop_session import HopSession, PassOver, RepeatOutput
@@ -59,8 +60,18 @@ LINK_DEADLINE_S = 4.0
 IDLE_SESSION_S = 900.0
 """A chat may pause; its room is not kept for ever."""
 
-INBOX_STEPS = 16
-"""Twice what a client may have under way, so that the reader is never kept from a probe."""
+INBOX_STEPS = 32
+"""Four times what a client may have under way, so that the reader is never kept from a probe: what
+a failure elsewhere made worthless, twice over, waits here for a moment together with what follows.
+"""
+
+SEND_DEADLINE_S = 60.0
+"""A client that does not read for so long holds a place that others need."""
+
+TELL_DEADLINE_S = 5.0
+
+GAP_WEIGHT = 0.2
+"""Of the newest pause between two steps in their mean."""
 
 CODE_NEXT_HOP_LOST = "next_hop_lost"
 CODE_SESSION_IDLE = "session_idle"
@@ -100,6 +111,14 @@ class ServedSession:
         self._hosted = hosted
         self._inbox_in, self._inbox_out = trio.open_memory_channel[Message](INBOX_STEPS)
         self._received = 0
+        self._pushed = 0
+        self._end_received = 0
+        self._rewound: tuple[int, int] | None = None
+        self._gap_s = 0.0
+        self._has_begun = False
+        self._has_ended = False
+        self._receiving: trio.CancelScope | None = None
+        self._receive_ended = trio.Event()
         self._next_stream: MessageStream | None = None
         self._next_peer: str | None = None
         self._previous_stream: MessageStream | None = None
@@ -113,36 +132,59 @@ class ServedSession:
         Raises:
             P2PError, in a group: a stream broke, or what came on it was no message.
         """
-        await self.client.send(SessionOpened(max_step_tokens=self.state.max_step_tokens))
+        await self._tell(SessionOpened(max_step_tokens=self.state.max_step_tokens))
         log.debug("session opened", blocks=f"{self.request.start}:{self.request.end}")
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read, nursery)
                 await self._work(nursery.cancel_scope)
         finally:
+            self._has_ended = True
             self._inbox_out.close()
             self._inbox_in.close()
+            if self._receiving is not None:
+                self._receiving.cancel()
             with trio.CancelScope(shield=True):
                 for stream in (self._next_stream, self._previous_stream):
                     if stream is not None:
                         await stream.abort()
 
+    def is_in_use(self, idle_s: float, *, since: float) -> bool:
+        """Whether its client would miss it now.
+
+        Args:
+            idle_s: after so long without anything, or after some of its usual pauses, it is not.
+            since: the least time from which that is counted.
+        """
+        quiet_s = trio.current_time() - max(self.last_active_at, since)
+        return self.is_busy or self._is_handing_over or quiet_s < max(idle_s, 4 * self._gap_s)
+
     async def tell_leaving(self, within_s: float) -> None:
         """Asks the client to move."""
-        with contextlib.suppress(P2PError):
+        with contextlib.suppress(P2PError), trio.move_on_after(TELL_DEADLINE_S):
             await self.client.send(Leaving(within_s=within_s))
+
+    async def _tell(self, message: Message) -> None:
+        with trio.move_on_after(SEND_DEADLINE_S):
+            await self.client.send(message)
+            return
+        raise DeadlineExceeded(f"{self.client.remote_peer} does not read what it asked for")
 
     async def take_pushes(self, messages: MessageStream) -> None:
         """Takes what the hop before pushes, until it ends, or another is to push."""
-        if self._previous_stream is not None:
-            await self._previous_stream.abort()
-        self._previous_stream = messages
+        before, self._previous_stream = self._previous_stream, messages
+        if before is not None:
+            await before.abort()
+        if self._has_ended or self._previous_stream is not messages:
+            return
         await messages.send(Ok())
         try:
             while (item := await messages.receive()) is not None:
                 step = expect(item, Step)
-                self._received = max(self._received, step.number)
-                await self._inbox_in.send(step)
+                if step.number > self._pushed:  # else it came before, or goes in a circle
+                    self._pushed = step.number
+                    self._note_arrival(step)
+                    await self._inbox_in.send(step)
         except RemoteProtocolError as error:
             log.info("pushes refused", peer=messages.remote_peer, reason=str(error))
             await self._report(0, error.code, str(error), culprit=messages.remote_peer)
@@ -150,21 +192,67 @@ class ServedSession:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the session ended meanwhile
 
+    async def receive_cache(self, attach: AttachCache, messages: MessageStream) -> bool:
+        """Takes the cache that another hop hands over, before any step; says whether it is here.
+
+        The first step ends it, if it still goes on: then the client has changed its mind.
+        """
+        text = "the session has begun, or was opened for fewer tokens, or takes a cache already"
+        if self._has_begun or self._receiving or attach.tokens > self.state.max_tokens:
+            await messages.send(Refusal(code="bad_request", text=text))
+            return False
+        try:
+            with trio.move_on_after(TRANSFER_DEADLINE_S) as self._receiving:
+                await receive_cache(
+                    attach,
+                    messages,
+                    self.cache,
+                    hosted=self._hosted,
+                    blocks=(self.request.start, self.request.end),
+                )
+                self.state.on_handed_over(attach.tokens)
+        except KernelError as error:
+            await messages.send(Refusal(code=error.code, text=str(error)[:1024]))
+        finally:
+            self._receiving = None
+            self._receive_ended.set()
+        if not self.state.length:
+            return False
+        await messages.send(Ok())
+        return True
+
+    def _note_arrival(self, step: Step) -> None:
+        """Remembers where a client began again: what waits beyond that need not be computed."""
+        self._received = max(self._received, step.number)
+        if step.position < self._end_received:
+            self._rewound = step.number, step.position
+        self._end_received = step.position + (step.hidden.shape[0] if step.hidden.shape else 0)
+
+    def _is_superseded(self, step: Step) -> bool:
+        if self._rewound is None:
+            return False
+        number, position = self._rewound
+        return step.number < number and step.position >= position
+
     async def _read(self, nursery: trio.Nursery) -> None:
         """Reads the client's stream; its end is the session's end."""
         while (item := await self.client.receive()) is not None:
             if isinstance(item, Step):
-                self._received = max(self._received, item.number)
+                self._note_arrival(item)
                 await self._inbox_in.send(item)
             elif isinstance(item, Probe):
-                reply = ProbeReply(request=item.request, received=self._received)
-                await self.client.send(reply)
+                await self._tell(ProbeReply(request=item.request, received=self._received))
             elif isinstance(item, LinkPrevious):
                 await self._expect_pushes_of(item, nursery)
             elif isinstance(item, LinkNext):
                 self._cut_next(nursery)  # at once: the worker may wait for a hop that hangs
                 await self._inbox_in.send(item)
+            elif self._is_handing_over:
+                text = "another hand-over of this session is under way"
+                request = expect(item, HandOver).request
+                await self._tell(LinkFailed(request=request, code=CODE_HAND_OVER_FAILED, text=text))
             else:
+                self._is_handing_over = True
                 nursery.start_soon(self._hand_over, expect(item, HandOver))
         nursery.cancel_scope.cancel()
 
@@ -184,16 +272,22 @@ class ServedSession:
                     await self._take_step(expect(item, Step))
             finally:
                 self.is_busy = False
-                self.last_active_at = trio.current_time()
+                now = trio.current_time()
+                self._gap_s += GAP_WEIGHT * (now - self.last_active_at - self._gap_s)
+                self.last_active_at = now
 
     # Links.
 
     async def _expect_pushes_of(self, link: LinkPrevious, nursery: trio.Nursery) -> None:
-        self.previous = link.peer
+        if self.previous != link.peer:  # nothing that the other one said counts any more
+            self.previous = link.peer
+            self._pushed = self._received = self._end_received = 0
+            self._rewound = None
+            self.state.on_new_previous()
         stream = self._previous_stream
         if stream is not None and stream.remote_peer != link.peer:
             nursery.start_soon(stream.abort)
-        await self.client.send(LinkDone(request=link.request))
+        await self._tell(LinkDone(request=link.request))
 
     def _cut_next(self, nursery: trio.Nursery) -> None:
         """Ends the link to the next hop; nobody waits for it, since that hop may hang."""
@@ -229,16 +323,9 @@ class ServedSession:
         if isinstance(reply, LinkFailed) and self._next_stream is not None:
             await self._next_stream.abort()
             self._next_stream = None
-        await self.client.send(reply)
+        await self._tell(reply)
 
     async def _hand_over(self, item: HandOver) -> None:
-        if self._is_handing_over:
-            text = "another hand-over of this session is under way"
-            await self.client.send(
-                LinkFailed(request=item.request, code=CODE_HAND_OVER_FAILED, text=text)
-            )
-            return
-        self._is_handing_over = True
         try:
             await send_cache(
                 item,
@@ -249,17 +336,24 @@ class ServedSession:
             )
         except (P2PError, PetaldError, KernelError) as error:
             log.info("hand-over failed", to=item.peer, reason=str(error))
-            await self.client.send(
-                LinkFailed(request=item.request, code=CODE_HAND_OVER_FAILED, text=str(error)[:1024])
+            text = str(error)[:1024]
+            await self._tell(
+                LinkFailed(request=item.request, code=CODE_HAND_OVER_FAILED, text=text)
             )
         else:
-            await self.client.send(LinkDone(request=item.request))
+            await self._tell(LinkDone(request=item.request))
         finally:
             self._is_handing_over = False
 
     # Steps.
 
     async def _take_step(self, step: Step) -> None:
+        self._has_begun = True
+        if self._receiving is not None:
+            self._receiving.cancel()
+            await self._receive_ended.wait()
+        if self._is_superseded(step):
+            return
         try:
             output = await self._do_step(step)
         except (KernelError, PetaldError, P2PError) as error:
@@ -317,7 +411,7 @@ class ServedSession:
         if end in (step.until, self._hosted.span.config.num_blocks):
             rows_SD = output_SD if step.wanted == Wanted.ALL else output_SD[-1:]
             hidden = None if step.wanted == Wanted.NONE else to_wire(rows_SD, codec)
-            await self.client.send(StepResult(number=step.number, hidden=hidden, times=times))
+            await self._tell(StepResult(number=step.number, hidden=hidden, times=times))
             return
         hidden = to_wire(output_SD, codec)
         try:
@@ -337,13 +431,13 @@ class ServedSession:
             text = str(error)
             await self._report(step.number, CODE_NEXT_HOP_LOST, text, culprit=self._next_peer)
         # The copy comes after the push, which somebody waits for.
-        await self.client.send(StepOutput(number=step.number, hidden=hidden))
+        await self._tell(StepOutput(number=step.number, hidden=hidden))
 
     async def _report(
         self, number: int, code: str, text: str, *, culprit: str | None = None
     ) -> None:
         failed = StepFailed(number=number, code=code, text=text[:1024], culprit=culprit)
-        await self.client.send(failed)
+        await self._tell(failed)
 
 
 class _NoLink(PetaldError):

@@ -7,12 +7,10 @@ session's cache and links are gone when its task is.
 
 from __future__ import annotations
 
-from collections import Counter
-
 import trio
 
 from kernels.codecs import CODEC_NAMES
-from kernels.errors import CacheFull, KernelError
+from kernels.errors import CacheFull
 from p2p.errors import P2PError, RemoteProtocolError
 from p2p.network import Network, Stream
 from p2p.rpc import MessageStream
@@ -25,7 +23,6 @@ from p2p.wire.session_messages import (
     AttachPush,
     OpenSession,
 )
-from petald.cache_transfer import receive_cache
 from petald.config import ServeConfig
 from petald.errors import PetaldError, leaves
 from petald.hosted_span import HostedSpan
@@ -77,7 +74,7 @@ class Server:
         self._config = config
         self.caches_received = 0
         self._sessions: dict[bytes, ServedSession] = {}
-        self._opening: Counter[str] = Counter()
+        self._opening: dict[bytes, str] = {}
         self._is_draining = False
 
     def start(self) -> None:
@@ -106,17 +103,17 @@ class Server:
     async def drain(self, *, deadline_s: float, idle_s: float = IDLE_S) -> None:
         """Asks the clients to move their sessions, and waits until they have; refuses new ones.
 
-        A session that has done nothing for ``idle_s`` is not waited for; after ``deadline_s``, none
-        is.
+        A session that has done nothing for ``idle_s`` since it was told is not waited for; after
+        ``deadline_s``, none is.
         """
         self._is_draining = True
         with trio.move_on_after(deadline_s):
             async with trio.open_nursery() as nursery:
                 for session in list(self._sessions.values()):
                     nursery.start_soon(session.tell_leaving, deadline_s)
+            told_at = trio.current_time()
             while any(  # noqa: ASYNC110  # idleness comes by time, not by an event
-                session.is_busy or trio.current_time() - session.last_active_at < idle_s
-                for session in self._sessions.values()
+                session.is_in_use(idle_s, since=told_at) for session in self._sessions.values()
             ):
                 await trio.sleep(0.05)
 
@@ -137,7 +134,7 @@ class Server:
                     for error in leaves(group):
                         log.info("session broken", reason=str(error))
                 finally:
-                    self._sessions.pop(name, None)
+                    del self._sessions[name]
                     await self._hosted.close_cache(session.cache)
 
     async def serve_push(self, stream: Stream) -> None:
@@ -150,7 +147,8 @@ class Server:
             peer = messages.remote_peer
             if session is not None and isinstance(attach, AttachCache):
                 if session.request.cache_from == peer:
-                    await self._receive_cache(attach, session, messages)
+                    if await session.receive_cache(attach, messages):
+                        self.caches_received += 1
                     return
             elif session is not None and session.previous == peer:
                 await session.take_pushes(messages)
@@ -158,40 +156,21 @@ class Server:
             text = "no session here expects this of you"
             await messages.send(Refusal(code="unknown_session", text=text))
 
-    async def _receive_cache(
-        self, attach: AttachCache, session: ServedSession, messages: MessageStream
-    ) -> None:
-        if session.state.length or attach.tokens > session.state.max_tokens:
-            text = "the session has tokens already, or was opened for fewer"
-            await messages.send(Refusal(code="bad_request", text=text))
-            return
-        request = session.request
-        try:
-            await receive_cache(
-                attach,
-                messages,
-                session.cache,
-                hosted=self._hosted,
-                blocks=(request.start, request.end),
-            )
-        except KernelError as error:
-            await messages.send(Refusal(code=error.code, text=str(error)[:1024]))
-        else:
-            session.state.on_handed_over(attach.tokens)
-            self.caches_received += 1
-
     async def _open(self, client: MessageStream) -> ServedSession:
         with trio.fail_after(HELLO_DEADLINE_S):
             request = expect(await _receive(client), OpenSession)
         peer = client.remote_peer
         self._admit(request, peer)
-        self._opening[peer] += 1
+        self._opening[request.session] = peer
         try:
             cache = await self._hosted.open_cache(request.max_tokens)
         except CacheFull as error:
             raise _RefusedSession("overloaded", str(error), RETRY_AFTER_S) from error
         finally:
-            self._opening[peer] -= 1
+            del self._opening[request.session]
+        if self._is_draining:  # meanwhile: its client would not be told
+            await self._hosted.close_cache(cache)
+            raise _RefusedSession("draining", "this server is leaving the swarm")
         session = ServedSession(
             request,
             client,
@@ -217,23 +196,22 @@ class Server:
             )
         if request.max_tokens < 1:
             raise _RefusedSession("bad_request", "a session needs room for at least one token")
-        if request.session in self._sessions:
+        if request.session in self._sessions or request.session in self._opening:
             raise _RefusedSession("bad_request", "a session of this id is open here already")
         if request.codec not in CODEC_NAMES:
             raise _RefusedSession(
                 "unknown_codec", f"this server knows the codecs {', '.join(CODEC_NAMES)}"
             )
         most = self._config.max_sessions
-        taken = len(self._sessions) + self._opening.total()
+        taken = len(self._sessions) + len(self._opening)
         if taken >= most:
             text = f"all {most} sessions of this server are taken"
             raise _RefusedSession("overloaded", text, RETRY_AFTER_S)
         if self._hosted.queued_tokens > MAX_QUEUED_STEPS * self._config.max_step_tokens:
             text = f"{self._hosted.queued_tokens} tokens wait for the device already"
             raise _RefusedSession("overloaded", text, RETRY_AFTER_S)
-        own = self._opening[peer] + sum(
-            session.client.remote_peer == peer for session in self._sessions.values()
-        )
+        peers = [session.client.remote_peer for session in self._sessions.values()]
+        own = [*peers, *self._opening.values()].count(peer)
         if own >= max(1, most - most // FAIR_SHARE):
             text = f"{own} of the {most} sessions are yours; the rest is for others"
             raise _RefusedSession("overloaded", text, RETRY_AFTER_S)

@@ -38,7 +38,8 @@ class Serving:
     """The serving part of a daemon.
 
     Attributes:
-        step_ms: of a decode step through the span, measured at the start.
+        step_ms: of a decode step through the span, measured at the start; announced until real
+            steps tell better.
         next_hops: the peers to which round trips are announced.
     """
 
@@ -52,13 +53,15 @@ class Serving:
     def make_announcement(self) -> Announcement:
         """What this server says of itself now."""
         span, arena = self.hosted.span, self.hosted.arena
+        step_s = self.hosted.step_s
+        step_ms = self.step_ms if step_s is None else step_s * 1e3
         state = ServerState.LEAVING if self.server.is_draining else ServerState.SERVING
         return Announcement(
             model=self.identity.fingerprint,
             start=span.start,
             end=span.end,
             state=state,
-            step_ms=round(self.step_ms, 3),
+            step_ms=round(step_ms, 2),
             queue_ms=round(self.hosted.mean_queue_s * 1e3, 1),
             round_trips=self._round_trips(),
             cache_tokens=arena.capacity_tokens,

@@ -240,6 +240,11 @@ class Session:
             self._rewind(position)
         return self._take(now)
 
+    def give_up(self, error: PetaldError) -> list[Action]:
+        """Ends the session for a reason of the driver's."""
+        self._end(error)
+        return self.close()
+
     def close(self) -> list[Action]:
         """Ends the session."""
         if not self._has_ended:
@@ -348,8 +353,8 @@ class Session:
         hop = self._records.get(hop_id)
         sent = self._flow.find(number, hop)
         if hop is None or sent is None:
-            self._take_stale(hop, now)
-            return []
+            self._take_stray(hop, number, now)
+            return self._take(now)
         if hop is sent.route[-1] or hidden.shape[0] != sent.tokens:
             self._fail(hop, CODE_MISBEHAVED, "sent an output that was not asked for", now)
         else:
@@ -368,8 +373,8 @@ class Session:
         hop = self._records.get(hop_id)
         sent = self._flow.find(number, hop)
         if hop is None or sent is None:
-            self._take_stale(hop, now)
-            return []
+            self._take_stray(hop, number, now)
+            return self._take(now)
         rows = 0 if hidden is None else hidden.shape[0]
         if hop is not sent.route[-1] or rows != sent.result_rows:
             self._fail(hop, CODE_MISBEHAVED, "sent a result that was not asked for", now)
@@ -386,8 +391,8 @@ class Session:
         """A hop could not do a step, or cannot go on."""
         hop = self._records.get(hop_id)
         sent = self._flow.find(number, hop)
-        if hop is None or (number and sent is None):  # of a step that does not matter any more
-            self._take_stale(hop, now)
+        if hop is None or (number and sent is None):
+            self._take_stray(hop, number, now)
             return self._take(now)
         route = sent.route if sent is not None else tuple(self._route_of(hop))
         index = route.index(hop) if hop in route else -1
@@ -398,9 +403,8 @@ class Session:
             self._fail(hop, code, text, now)
         elif index == 0:  # what it does not take came from here
             self._fail(hop, CODE_REFUSED, text, now)
-        else:  # it may be the hop before; who says so again and again is it himself
-            hop.blames += 1
-            self._fail(route[index - 1] if hop.blames == 1 else hop, code, text, now)
+        else:
+            self._blame_before(hop, route, text, now)
         return self._take(now)
 
     def on_probe_reply(self, hop_id: int, request: int, received: int, now: float) -> list[Action]:
@@ -578,9 +582,25 @@ class Session:
         before, _ = self._avoid.get(peer, (0.0, 0))
         self._avoid[peer] = max(before, until), times
 
-    def _take_stale(self, hop: HopRecord | None, now: float) -> None:
-        if hop is not None:
+    def _take_stray(self, hop: HopRecord | None, number: int, now: float) -> None:
+        """Something came of a step that nobody waits for, or of one that never was."""
+        if hop is None:
+            return
+        route = self._route_of(hop)
+        if number <= self._flow.last_number:
             self._flow.take_stale(hop, now)
+        elif hop in route[1:]:
+            self._blame_before(hop, route, f"was sent a step {number} that never was", now)
+        else:
+            self._fail(hop, CODE_MISBEHAVED, f"speaks of a step {number} that never was", now)
+
+    def _blame_before(
+        self, hop: HopRecord, route: Sequence[HopRecord], text: str, now: float
+    ) -> None:
+        """Gives up the hop before one that complains; who complains again is it himself."""
+        hop.blames += 1
+        before = route[route.index(hop) - 1]
+        self._fail(before if hop.blames == 1 else hop, CODE_MISBEHAVED, text, now)
 
     def _halt(self, now: float) -> None:
         """Stands still: only what is committed counts, and steps will be sent again."""

@@ -119,6 +119,11 @@ class Flow:
         return self.histories[0].rows
 
     @property
+    def last_number(self) -> int:
+        """Of the step that was sent last."""
+        return self._last_number
+
+    @property
     def tickets(self) -> tuple[int, ...]:
         """Of the steps that are not done."""
         return tuple(self._pending)
