@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -72,6 +73,10 @@ log = get_logger(__name__)
 BETTER_PERIOD_S = 10.0
 """Between two looks for a better chain: as often as views change, or less."""
 
+COOL_DOWN_S = 60.0
+"""After a move: many sessions that saw the same better server have come there by then, and what is
+measured shows it."""
+
 PING_S = 1.0
 LATE_S = 1.0
 SETTLE_S = 0.2
@@ -91,9 +96,15 @@ class Chooser(Protocol):
         """
 
     async def find_better(
-        self, chain: Sequence[Hop], *, tokens: int, remaining_steps: int
+        self, chain: Sequence[Hop], *, max_tokens: int, cached_tokens: int
     ) -> Sequence[Hop] | None:
-        """A chain so much better that moving there pays; none if there is none."""
+        """A chain so much better that moving there pays; none if there is none.
+
+        Args:
+            chain: as it is, with room promised on each hop.
+            max_tokens: the most that the session will have cached.
+            cached_tokens: that it has now.
+        """
 
     def penalise(self, peer: str) -> None:
         """A peer did not do its part."""
@@ -432,16 +443,17 @@ class ChainSession:
     async def _keep_looking(self) -> None:
         """Looks for a better chain from time to time."""
         while True:
-            await trio.sleep(BETTER_PERIOD_S)
+            await trio.sleep(BETTER_PERIOD_S * random.uniform(0.8, 1.2))
             if not self._machine.is_running or self._machine.is_moving:
                 continue
             chain = await self._chooser.find_better(
                 self._machine.chain,
-                tokens=self.max_tokens,
-                remaining_steps=self.max_tokens - self._machine.submitted_rows,
+                max_tokens=self.max_tokens,
+                cached_tokens=self._machine.submitted_rows,
             )
             if chain is not None:
                 self._carry_out(self._machine.propose(chain, trio.current_time()))
+                await trio.sleep(COOL_DOWN_S)
 
     async def _run_line(self, line: _Line, action: OpenHop) -> None:
         with line.scope:

@@ -22,6 +22,7 @@ from petald.chain_client import ChainModel, ChainSession, News
 from petald.config import RouteConfig
 from petald.errors import MissingBlocks, PetaldError
 from petald.history import HistoryStore
+from petald.known_servers import Heard, KnownServers
 from petald.local_model import ModelIdentity
 from petald.log import get_logger
 from petald.rebuild_cost import RebuildCost
@@ -89,6 +90,7 @@ class Router:
         self._directory = directory
         self._config = config
         self._histories = HistoryStore(limit_bytes=config.history_bytes)
+        self._known: dict[bytes, KnownServers] = {}
         self._views: dict[bytes, tuple[float, SwarmView]] = {}
         self._sessions = 0
         self._penalties: dict[str, _Penalty] = {}
@@ -106,11 +108,9 @@ class Router:
         if known is not None and trio.current_time() - known[0] <= max_age_s:
             return known[1]
         records = await self._directory.lookup(directory_key(model.fingerprint))
-        if not records and known is not None and trio.current_time() - known[0] <= TTL_S:
-            return known[1]  # more likely this peer is cut off than all servers are gone
         if len(self._announced) > MAX_ANNOUNCED:
             self._announced.clear()
-        servers = []
+        told = []
         for record in records:
             try:
                 announcement = Announcement.decode(record.body)
@@ -119,14 +119,27 @@ class Router:
                 continue
             self._network.learn(PeerAddress(record.peer, announcement.addresses))
             self._announced[record.peer] = record.sequence
-            servers.append(
-                Server(
+            told.append(
+                Heard(
                     peer=record.peer,
+                    sequence=record.sequence,
                     announcement=announcement,
-                    round_trip_s=self._network.round_trip_s(record.peer),
+                    heard_at=trio.current_time(),
                 )
             )
-        view = make_view(model.fingerprint, model.config.num_blocks, servers)
+        servers = self._known.setdefault(model.fingerprint, KnownServers(ttl_s=TTL_S))
+        view = make_view(
+            model.fingerprint,
+            model.config.num_blocks,
+            [
+                Server(
+                    peer=one.peer,
+                    announcement=one.announcement,
+                    round_trip_s=self._network.round_trip_s(one.peer),
+                )
+                for one in servers.take(told, trio.current_time())
+            ],
+        )
         self._views[model.fingerprint] = (trio.current_time(), view)
         return view
 
@@ -283,6 +296,14 @@ class Router:
         return found
 
 
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _cache_dtype(view: SwarmView, hop: Hop) -> str:
+    position = view.columns.position.get(hop.peer)
+    return "" if position is None else view.columns.servers[position].announcement.dtype
+
+
 class _ModelChooser:
     """A `petald.chain_client.Chooser` for one model."""
 
@@ -294,42 +315,51 @@ class _ModelChooser:
         return await self._router.choose(self._model, need)
 
     async def find_better(
-        self, chain: Sequence[Hop], *, tokens: int, remaining_steps: int
+        self, chain: Sequence[Hop], *, max_tokens: int, cached_tokens: int
     ) -> Sequence[Hop] | None:
         view = await self._router.read_view(self._model, max_age_s=REPAIR_VIEW_AGE_S)
         penalties_s = self._router.penalties_s()
+        current_s = chain_cost_s(view, chain, penalties_s=penalties_s)
         try:
-            better = choose_chain(view, needed_tokens=tokens, penalties_s=penalties_s)
+            better = choose_chain(
+                view,
+                needed_tokens=max_tokens,
+                holding={hop.peer for hop in chain},
+                penalties_s=penalties_s,
+            )
         except MissingBlocks:
             return None
-        costs = [self._cost(view, hop, hop) for hop in better if hop not in chain]
+        # Whom the view does not have is not measured against others: if it is gone, its stream
+        # will tell.
+        if math.isinf(current_s):
+            return None
+        stays = {(hop.peer, hop.start, hop.end) for hop in chain}
+        moving = [hop for hop in better if (hop.peer, hop.start, hop.end) not in stays]
         pays = should_move(
-            current_s=chain_cost_s(view, chain, penalties_s=penalties_s),
+            current_s=current_s,
             better_s=chain_cost_s(view, better, penalties_s=penalties_s),
-            remaining_steps=remaining_steps,
-            rebuild_s=sum(cost.replay_s(tokens) for cost in costs),
+            remaining_steps=max_tokens - cached_tokens,
+            rebuild_s=sum(self._cost(view, hop, hop).replay_s(cached_tokens) for hop in moving),
         )
         return better if pays else None
 
     def prefers_hand_over(self, old: Hop, new: Hop, tokens: int) -> bool:
         view = self._router.known_view(self._model)
-        if view is None or not tokens:
+        if view is None or not tokens or _cache_dtype(view, old) != _cache_dtype(view, new):
             return False
         cost = self._cost(view, old, new)
         return cost.hand_over_s(tokens) < cost.replay_s(tokens)
 
     def _cost(self, view: SwarmView, old: Hop, new: Hop) -> RebuildCost:
         config = self._model.config
-        server = next((each for each in view.servers if each.peer == new.peer), None)
+        position = view.columns.position.get(new.peer)
         blocks = new.end - new.start
-        step_s = 0.0
-        if server is not None:
-            step_s = server.announcement.step_ms / 1e3 * blocks / (server.end - server.start)
+        step_s = 0.0 if position is None else float(view.columns.block_s[position]) * blocks
         trips = [self._router.round_trip_s(hop.peer) for hop in (old, new)]
         return RebuildCost(
             step_s=step_s,
             row_bytes=4 * config.hidden_size,
-            cache_bytes=2 * 4 * config.kv_size * blocks,
+            cache_bytes=2 * _DTYPE_BYTES.get(_cache_dtype(view, new), 4) * config.kv_size * blocks,
             client_round_trip_s=trips[1],
             is_replay_exact=self._router.is_replay_exact,
             round_trip_s=max(trips),  # of two near ones it is short; else it is not known

@@ -73,6 +73,7 @@ def choose_chain(
     after: str | None = None,
     penalties_s: Mapping[str, float] | None = None,
     excluded: Collection[str] = frozenset(),
+    holding: Collection[str] = frozenset(),
 ) -> tuple[Hop, ...]:
     """The chain of least expected time per decode step; of equals, the same one everywhere.
 
@@ -85,6 +86,7 @@ def choose_chain(
         after: the peer that the last hop hands its output; the client by default.
         penalties_s: seconds added for each hop of a peer that failed lately; infinity excludes it.
         excluded: peers that are not to be used.
+        holding: peers that have promised the session room already, and need no more.
 
     Raises:
         MissingBlocks: no chain covers the blocks; names those that nobody usable holds.
@@ -95,7 +97,9 @@ def choose_chain(
         raise ValueError(f"blocks {start}:{end} are no part of a model of {view.num_blocks} blocks")
     columns = view.columns
     hop_s = columns.queue_s + _penalties_s(columns, penalties_s or {})
-    is_usable = (columns.free_cache_tokens >= max(needed_tokens, 0)) & (hop_s < np.inf)
+    has_room = columns.free_cache_tokens >= max(needed_tokens, 0)
+    has_room[[columns.position[peer] for peer in holding if peer in columns.position]] = True
+    is_usable = has_room & (columns.free_cache_tokens >= 0) & (hop_s < np.inf)
     is_usable[[columns.position[peer] for peer in excluded if peer in columns.position]] = False
     ranges = _uncovered(columns, is_usable, start, end)
     if ranges:

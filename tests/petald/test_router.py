@@ -12,7 +12,8 @@ from p2p.directory import Directory
 from p2p.memory_network import MemoryHub, open_memory_hub
 from petald.config import RouteConfig
 from petald.errors import MissingBlocks
-from petald.router import PENALTY_S, Router
+from petald.router import PENALTY_S, Router, _ModelChooser
+from petald.routing import Hop
 from petald.session_actions import NeedChain
 from petald.swarm import Announcement, ServerState, directory_key
 
@@ -26,8 +27,12 @@ MODEL: Any = SimpleNamespace(
 class Host:
     """A peer that announces a span, and serves nothing."""
 
-    def __init__(self, hub: MemoryHub, start: int, end: int) -> None:
+    def __init__(
+        self, hub: MemoryHub, start: int, end: int, *, step_ms: float = 1.0, free: int = 100
+    ) -> None:
         self.network = hub.make_network()
+        self.step_ms = step_ms
+        self.free = free
         self.directory = Directory(self.network, wall_clock=trio.current_time)
         self.span = (start, end)
 
@@ -37,9 +42,9 @@ class Host:
             start=self.span[0],
             end=self.span[1],
             state=ServerState.SERVING,
-            step_ms=1.0,
+            step_ms=self.step_ms,
             cache_tokens=100,
-            free_cache_tokens=100,
+            free_cache_tokens=self.free,
             dtype="float32",
         )
         await self.directory.publish(
@@ -111,3 +116,41 @@ async def test_a_new_server_is_found_though_the_view_is_fresh(autojump_clock: An
         await second.announce()
         await trio.sleep(0.1)
         assert len(await router.choose(MODEL, need())) == 2
+
+
+async def find_better(router: Router, *hosts: Host) -> set[str] | None:
+    """The peers of the chain that a session on these hosts should move to."""
+    chain = [
+        Hop(peer=host.network.peer, addresses=(), start=host.span[0], end=host.span[1])
+        for host in hosts
+    ]
+    chooser = _ModelChooser(router, MODEL)
+    better = await chooser.find_better(chain, max_tokens=50, cached_tokens=10)
+    return None if better is None else {hop.peer for hop in better}
+
+
+async def test_a_session_moves_to_a_much_better_server(autojump_clock: Any) -> None:
+    async with open_memory_hub() as hub:
+        router = make_router(hub)
+        # Those that run the session have no room but what they promised to it.
+        first, slow = Host(hub, 0, 2, free=0), Host(hub, 2, 4, step_ms=900.0, free=0)
+        await first.announce()
+        await slow.announce()
+        assert await find_better(router, first, slow) is None
+        quick = Host(hub, 2, 4)
+        await quick.announce()
+        await trio.sleep(50)  # longer than a view is used for
+        for host in (first, slow, quick):
+            await host.announce()
+        expected = {first.network.peer, quick.network.peer}
+        assert await find_better(router, first, slow) == expected
+
+
+async def test_nobody_leaves_a_hop_that_a_lookup_lacks(autojump_clock: Any) -> None:
+    async with open_memory_hub() as hub:
+        router = make_router(hub)
+        first, unheard = Host(hub, 0, 2), Host(hub, 2, 4)
+        other = Host(hub, 2, 4, step_ms=900.0)
+        await first.announce()
+        await other.announce()
+        assert await find_better(router, first, unheard) is None

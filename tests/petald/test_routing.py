@@ -188,6 +188,15 @@ def test_a_server_that_would_refuse_is_not_asked(server: Server) -> None:
     assert spans(choose_chain(view, needed_tokens=100)) == [("z", 0, 6)]
 
 
+def test_who_has_promised_room_already_needs_no_more() -> None:
+    full = make_server("full", 0, 6, free=0)
+    view = make_swarm(full, make_server("z", 0, 6, round_trip_s=5.0))
+    assert spans(choose_chain(view, needed_tokens=100, holding={"full"})) == [("full", 0, 6)]
+    leaving = make_server("full", 0, 6, free=0, state=ServerState.LEAVING)
+    view = make_swarm(leaving, make_server("z", 0, 6, round_trip_s=5.0))
+    assert spans(choose_chain(view, needed_tokens=100, holding={"full"})) == [("z", 0, 6)]
+
+
 def test_a_penalised_peer_is_left_out() -> None:
     view = make_swarm(make_server("a", 0, 6), make_server("z", 0, 6, round_trip_s=5.0))
     chain = choose_chain(view, needed_tokens=1, penalties_s={"a": math.inf})
