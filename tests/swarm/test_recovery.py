@@ -146,9 +146,11 @@ def test_a_stopped_hop_is_replaced(trial: Trial, client: Client, hop: int, after
     act = stop(hop, by=signal.SIGSTOP, trial=trial)
     result, expected, _ = disturb(trial, client, after, act)
     assert result.tokens == expected
-    move = next(move for move in result.moves if (move.start, move.end) == even_spans(3)[hop])
-    assert move.reason == "no_answer"
-    assert 0 < move.silent_s < 5
+    start, end = even_spans(3)[hop]
+    covering = [m for m in failures(result.moves) if m.start <= start and end <= m.end]
+    assert covering, result.moves
+    assert covering[0].reason == "no_answer"
+    assert 0 < covering[0].silent_s < 5
 
 
 def test_a_stopped_hop_in_a_prefill_is_replaced(trial: Trial, client: Client) -> None:
@@ -236,17 +238,15 @@ def test_a_lossy_codec_is_replayed_to_the_same_tokens(model_folder: Path) -> Non
         swarm.client() as client,
     ):
         trial = Trial(swarm)
-        for options in ({}, SAMPLING):
-            settings = {"prompt": PROMPT, "max_new_tokens": NEW_TOKENS, **options}
-            expected = trial.expected(client, **settings)
-            generation = client.generate(**settings)
-            left = list(strikes)
-            for _ in generation.events():
-                if left and len(generation.tokens) >= left[0][0]:
-                    _, hop, by = left.pop(0)
-                    os.kill(trial.hop(generation, hop).pid, by)
-            result = generation.result()
-            assert not left
-            assert result.tokens == expected
-            assert len(failures(result.moves)) >= len(strikes)
-            trial.restore()
+        settings = {"prompt": PROMPT, "max_new_tokens": NEW_TOKENS}
+        expected = trial.expected(client, **settings)
+        generation = client.generate(**settings)
+        left = list(strikes)
+        for _ in generation.events():
+            if left and len(generation.tokens) >= left[0][0]:
+                _, hop, by = left.pop(0)
+                os.kill(trial.hop(generation, hop).pid, by)
+        result = generation.result()
+        assert not left
+        assert result.tokens == expected
+        assert len(failures(result.moves)) >= len(strikes)
