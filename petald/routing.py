@@ -24,16 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from petald.errors import MissingBlocks
-from petald.swarm import (
-    Booleans,
-    Columns,
-    Floats,
-    Integers,
-    SwarmView,
-    format_ranges,
-    missing_ranges,
-)
+from petald.coverage import check_blocks, find_usable, penalties_by_server
+from petald.swarm import Booleans, Columns, Floats, Integers, SwarmView
 
 UNKNOWN_ROUND_TRIP_S = 0.05
 """For a peer that was never measured: a common distance between two homes of one continent.
@@ -92,19 +84,19 @@ def choose_chain(
         MissingBlocks: no chain covers the blocks; names those that nobody usable holds.
         ValueError: there are no such blocks in the model.
     """
-    end = view.num_blocks if end is None else end
-    if not 0 <= start < end <= view.num_blocks:
-        raise ValueError(f"blocks {start}:{end} are no part of a model of {view.num_blocks} blocks")
+    start, end = check_blocks(view, start, end)
     columns = view.columns
-    hop_s = columns.queue_s + _penalties_s(columns, penalties_s or {})
-    has_room = columns.free_cache_tokens >= max(needed_tokens, 0)
-    has_room[[columns.position[peer] for peer in holding if peer in columns.position]] = True
-    is_usable = has_room & (columns.free_cache_tokens >= 0) & (hop_s < np.inf)
-    is_usable[[columns.position[peer] for peer in excluded if peer in columns.position]] = False
-    ranges = _uncovered(columns, is_usable, start, end)
-    if ranges:
-        raise _missing(view, ranges, start, end, needed_tokens)
-    search = _Search(columns, is_usable, hop_s)
+    penalty_s = penalties_by_server(columns, penalties_s)
+    is_usable = find_usable(
+        view,
+        start=start,
+        end=end,
+        needed_tokens=needed_tokens,
+        penalty_s=penalty_s,
+        excluded=excluded,
+        holding=holding,
+    )
+    search = _Search(columns, is_usable, columns.queue_s + penalty_s)
     search.run(start, end, _ends_s(columns, before, is_back=False))
     return search.chain_to(end, _ends_s(columns, after, is_back=True))
 
@@ -330,33 +322,3 @@ def _way_s(columns: Columns, before: str | None, after: str | None) -> float:
         if at < pairs.stop and columns.ways.to[at] == reached:
             return float(columns.ways.way_s[at])
     return _client_way_s(columns, before) + _client_way_s(columns, after)
-
-
-def _penalties_s(columns: Columns, penalties_s: Mapping[str, float]) -> Floats:
-    values = np.zeros(len(columns.servers))
-    for peer, penalty_s in penalties_s.items():
-        position = columns.position.get(peer)
-        if position is not None:
-            values[position] = penalty_s
-    return values
-
-
-def _uncovered(
-    columns: Columns, is_usable: Booleans, start: int, end: int
-) -> list[tuple[int, int]]:
-    """The ranges within [start, end) that none of these servers holds."""
-    size = end - start + 1
-    begins = np.bincount((columns.start[is_usable].clip(start, end) - start), minlength=size)
-    ends = np.bincount((columns.end[is_usable].clip(start, end) - start), minlength=size)
-    counts = np.cumsum(begins - ends)[:-1].tolist()
-    return [(start + first, start + last) for first, last in missing_ranges(counts)]
-
-
-def _missing(
-    view: SwarmView, ranges: list[tuple[int, int]], start: int, end: int, needed_tokens: int
-) -> MissingBlocks:
-    text = f"no server that can be used now holds blocks {format_ranges(ranges)}"
-    is_serving = view.columns.free_cache_tokens >= 0
-    if _uncovered(view.columns, is_serving, start, end) != ranges:
-        text += f" (some hold them, but failed just now or have no room for {needed_tokens} tokens)"
-    return MissingBlocks(text + "; `petalctl swarm` shows who holds what", ranges=tuple(ranges))

@@ -31,6 +31,7 @@ from p2p.wire.message import (
     Name,
     Record,
 )
+from petald.rebuild_cost import PREFILL_SPEED_UP
 
 MAX_ANNOUNCEMENT_BYTES = 4096
 MAX_ROUND_TRIPS = 4
@@ -197,6 +198,8 @@ class Columns:
         start: (N,) first block of the span.
         end: (N,) the block after the last one.
         block_s: (N,) time of a decode step through one block.
+        token_s: (N,) time of a token through one block, within a prefill; estimated from the decode
+            step where the server announced none.
         queue_s: (N,) time that a step waits for the device.
         free_cache_tokens: (N,), or -1 where the server takes no sessions.
         round_trip_s: (N,) from here; NaN where it was never measured.
@@ -208,6 +211,7 @@ class Columns:
     start: npt.NDArray[np.int16]
     end: npt.NDArray[np.int16]
     block_s: Floats
+    token_s: Floats
     queue_s: Floats
     free_cache_tokens: Integers
     round_trip_s: Floats
@@ -220,13 +224,17 @@ class Columns:
         said = [server.announcement for server in ordered]
         start = np.array([one.start for one in said], np.int16)
         end = np.array([one.end for one in said], np.int16)
+        step_ms = np.array([one.step_ms for one in said], np.float64)
+        prefill_ms = np.array([one.prefill_ms for one in said], np.float64)
+        token_ms = np.where(prefill_ms > 0, prefill_ms, step_ms / PREFILL_SPEED_UP)
         free = [one.free_cache_tokens if one.state == ServerState.SERVING else -1 for one in said]
         return cls(
             servers=ordered,
             position={server.peer: position for position, server in enumerate(ordered)},
             start=start,
             end=end,
-            block_s=np.array([one.step_ms for one in said], np.float64) / 1e3 / (end - start),
+            block_s=step_ms / 1e3 / (end - start),
+            token_s=token_ms / 1e3 / (end - start),
             queue_s=np.array([one.queue_ms for one in said], np.float64) / 1e3,
             free_cache_tokens=np.array(free, np.int64),
             round_trip_s=np.array([server.round_trip_s for server in ordered], np.float64),
