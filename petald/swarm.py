@@ -188,7 +188,7 @@ class KnownWays:
         return cls(first=first, to=to, way_s=way_s, way_back_s=way_back_s)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, for what is kept beside the fields
 class Columns:
     """The servers of a view as arrays, in the order of their peer ids.
 
@@ -203,7 +203,6 @@ class Columns:
         queue_s: (N,) time that a step waits for the device.
         free_cache_tokens: (N,), or -1 where the server takes no sessions.
         round_trip_s: (N,) from here; NaN where it was never measured.
-        ways: between the servers.
     """
 
     servers: tuple[Server, ...]
@@ -215,7 +214,11 @@ class Columns:
     queue_s: Floats
     free_cache_tokens: Integers
     round_trip_s: Floats
-    ways: KnownWays
+
+    @functools.cached_property
+    def ways(self) -> KnownWays:
+        """Between the servers; made once, for a choice that asks for them."""
+        return KnownWays.read(self.servers)
 
     @classmethod
     def read(cls, servers: Iterable[Server]) -> Self:
@@ -238,7 +241,6 @@ class Columns:
             queue_s=np.array([one.queue_ms for one in said], np.float64) / 1e3,
             free_cache_tokens=np.array(free, np.int64),
             round_trip_s=np.array([server.round_trip_s for server in ordered], np.float64),
-            ways=KnownWays.read(ordered),
         )
 
 
