@@ -7,11 +7,13 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from petald import parallel_routing
 from petald.errors import MissingBlocks
 from petald.parallel_routing import TOLERANCE, ChainShare, choose_parallel_chains
 from petald.rebuild_cost import PREFILL_SPEED_UP
@@ -304,6 +306,32 @@ def test_chains_of_like_spans_have_a_hop_for_each() -> None:
     chains = choose_parallel_chains(view)
     assert [len(chain.hops) for chain in chains] == [3] * 4
     assert sum(chain.tokens_per_s for chain in chains) == pytest.approx(4 * 400)
+
+
+def test_servers_are_spent_in_order_where_an_even_pace_gives_too_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flows = []
+
+    def assign_in_order(*args: Any) -> Any:
+        assignment = plain(*args)
+        flows.append(assignment.flow)
+        return assignment
+
+    plain = parallel_routing._assign_in_order
+    monkeypatch.setattr(parallel_routing, "_assign_in_order", assign_in_order)
+    view = make_swarm(
+        make_server("a", 1, 2, prefill_ms=2.0),
+        make_server("b", 0, 2, prefill_ms=3.0),
+        make_server("c", 0, 3, prefill_ms=4.0),
+        blocks=3,
+    )
+    chains = choose_parallel_chains(view)
+    even, in_order = flows
+    assert even < 7
+    assert in_order == pytest.approx(8)  # lanes
+    all_that_they_can = 500 + 2000 / 3 + 750
+    assert sum(chain.tokens_per_s for chain in chains) == pytest.approx(all_that_they_can / 3)
 
 
 def test_the_speed_is_that_of_a_prefill_or_else_guessed_from_a_step() -> None:
