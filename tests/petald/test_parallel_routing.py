@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petald import parallel_routing
+from petald import block_flow
 from petald.errors import MissingBlocks
 from petald.parallel_routing import TOLERANCE, ChainShare, choose_parallel_chains
 from petald.rebuild_cost import PREFILL_SPEED_UP
@@ -308,30 +308,74 @@ def test_chains_of_like_spans_have_a_hop_for_each() -> None:
     assert sum(chain.tokens_per_s for chain in chains) == pytest.approx(4 * 400)
 
 
-def test_servers_are_spent_in_order_where_an_even_pace_gives_too_little(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    flows = []
+def orders_tried(monkeypatch: pytest.MonkeyPatch, *servers: Server) -> list[block_flow.Order]:
+    """How servers were taken for the split of a swarm of three blocks, which must be optimal."""
+    tried = []
 
     def assign_in_order(*args: Any) -> Any:
-        assignment = plain(*args)
-        flows.append(assignment.flow)
-        return assignment
+        tried.append(args[4])
+        return plain(*args)
 
-    plain = parallel_routing._assign_in_order
-    monkeypatch.setattr(parallel_routing, "_assign_in_order", assign_in_order)
-    view = make_swarm(
-        make_server("a", 1, 2, prefill_ms=2.0),
-        make_server("b", 0, 2, prefill_ms=3.0),
-        make_server("c", 0, 3, prefill_ms=4.0),
-        blocks=3,
+    plain = block_flow._assign_in_order
+    monkeypatch.setattr(block_flow, "_assign_in_order", assign_in_order)
+    view, asked = make_swarm(*servers, blocks=3), Question(end=3)
+    chains = choose_parallel_chains(view, max_chains=MANY)
+    check_promise(view, asked, chains)
+    assert not can_give_each_block(view, asked, total_of(chains) * (1 + 2 * Fraction(TOLERANCE)))
+    return tried
+
+
+ORDERS = list(block_flow.Order)
+
+
+def test_servers_go_on_where_the_throughput_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = [make_server("a", 0, 2, prefill_ms=4.0), make_server("b", 2, 3, prefill_ms=3.0)]
+    assert orders_tried(monkeypatch, *servers) == ORDERS[:1]
+
+
+def test_servers_that_end_first_come_first_where_the_throughput_needs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    servers = [make_server("a", 0, 3, prefill_ms=6.0), make_server("b", 0, 1, prefill_ms=2.0)]
+    assert orders_tried(monkeypatch, *servers) == ORDERS[:2]
+
+
+def test_servers_are_spent_one_by_one_where_an_even_pace_gives_too_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    servers = [
+        make_server("a", 1, 2, prefill_ms=1.0),
+        make_server("b", 0, 3, prefill_ms=5.0),
+        make_server("c", 0, 2, prefill_ms=2.0),
+    ]
+    assert orders_tried(monkeypatch, *servers) == ORDERS
+
+
+@settings(max_examples=100, deadline=None)
+@given(whole_swarms, questions, st.integers(1, 4), st.floats(0.01, 2.0))
+def test_no_more_is_split_than_the_caller_can_send(
+    servers: list[Server], asked: Question, max_chains: int, part: float
+) -> None:
+    view = make_swarm(*servers, blocks=5)
+    kept = total_of(choose_parallel_chains(view, max_chains=1, **vars(asked)))
+    most = float(kept) * part
+    chains = choose_parallel_chains(
+        view, max_chains=max_chains, max_tokens_per_s=most, **vars(asked)
     )
-    chains = choose_parallel_chains(view)
-    even, in_order = flows
-    assert even < 7
-    assert in_order == pytest.approx(8)  # lanes
-    all_that_they_can = 500 + 2000 / 3 + 750
-    assert sum(chain.tokens_per_s for chain in chains) == pytest.approx(all_that_they_can / 3)
+    check_promise(view, asked, chains)
+    assert len(chains) <= max_chains
+    assert total_of(chains) <= Fraction(most) * (1 + Fraction(TOLERANCE))
+    alone = choose_parallel_chains(view, max_chains=1, max_tokens_per_s=most, **vars(asked))
+    assert total_of(alone) == pytest.approx(min(float(kept), most), rel=1 / 2000)
+
+
+def test_chains_have_fewer_hops_where_less_is_sent() -> None:
+    view = make_swarm(*(make_server(f"{n}", n % 3 * 2, n % 3 * 2 + 2) for n in range(12)))
+    (all_of_it,) = choose_parallel_chains(view, max_chains=1)
+    (little,) = choose_parallel_chains(view, max_chains=1, max_tokens_per_s=100.0)
+    assert len(all_of_it.hops) == 6
+    assert len(little.hops) == 3
+    assert little.tokens_per_s == pytest.approx(100.0)
 
 
 def test_the_speed_is_that_of_a_prefill_or_else_guessed_from_a_step() -> None:
@@ -385,7 +429,9 @@ def test_missing_blocks_are_named() -> None:
     assert caught.value.ranges == ((2, 3), (5, 6))
 
 
-@pytest.mark.parametrize("asked", [{"start": 3, "end": 3}, {"end": 7}, {"max_chains": 0}])
+@pytest.mark.parametrize(
+    "asked", [{"start": 3, "end": 3}, {"end": 7}, {"max_chains": 0}, {"max_tokens_per_s": 0}]
+)
 def test_what_cannot_be_asked_is_an_error(asked: Mapping[str, int]) -> None:
     with pytest.raises(ValueError, match=r"no part of a model|at least one chain"):
         choose_parallel_chains(make_swarm(make_server("a", 0, 6)), **asked)
