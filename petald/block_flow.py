@@ -155,12 +155,14 @@ class Assignment:
         block: (P,)
         rate: (P,) in lanes.
         flow: what every block gets, in lanes.
+        width: every block has a piece at least as wide as this, in lanes.
     """
 
     server: Integers
     block: Integers
     rate: Floats
     flow: float
+    width: float
 
 
 def assign(
@@ -216,7 +218,7 @@ def _assign_in_order(
     active = np.empty(0, np.int64)
     servers, rates = [active], [np.empty(0)]
     gave = np.zeros(len(capacity), np.bool_)  # to the block before
-    flow = float(lanes)
+    flow = width = float(lanes)
     for block in range(blocks):
         active = active[(supply.end[active] > block) & (left[active] > 0)]
         active = np.concatenate((active, by_start[begins[block] : begins[block + 1]]))
@@ -233,6 +235,7 @@ def _assign_in_order(
         flow = min(flow, float(rate.sum()))
         if order is not Order.BY_END and flow < lanes * (1 - ROUNDING):
             break
+        width = min(width, float(rate.max()))
         left[active] = room - rate
         gave[servers[-1]] = False
         servers.append(active[rate > 0])
@@ -241,9 +244,8 @@ def _assign_in_order(
     block_of = np.repeat(np.arange(len(servers) - 1), [len(some) for some in servers[1:]])
     server = np.concatenate(servers)
     by_server = np.argsort(server, kind="stable")
-    return Assignment(
-        server[by_server], block_of[by_server], np.concatenate(rates)[by_server], flow
-    )
+    rate = np.concatenate(rates)[by_server]
+    return Assignment(server[by_server], block_of[by_server], rate, flow, width)
 
 
 def _spend(room: Floats, amount: float) -> Floats:

@@ -151,14 +151,18 @@ def _split(supply: Supply, blocks: int, max_chains: int, max_flow: float) -> _Ch
     flow = min(max_flow, Cuts(supply, supply.capacity, blocks).greatest_flow())
     lane = flow / max_chains
     assignment = assign(supply, lane, blocks, max_chains)
-    chains, is_whole = _take_chains(assignment, max_chains)
-    chains = [(width * lane, runs) for width, runs in chains]
-    if is_whole:
-        return chains
+    ways: list[_Chains] = []
+    # No chain is wider than the first. Where that is too little, none of them is worth taking out.
+    if assignment.width * max_chains >= assignment.flow * (1 - MARGIN):
+        chains, is_all = _take_chains(assignment, max_chains)
+        chains = [(width * lane, runs) for width, runs in chains]
+        if is_all:
+            return chains
+        ways.append(_widen(supply, chains))
     lane = widest_lane(supply, blocks, max_chains, lane)
     assignment = assign(supply, lane, blocks, max_chains, is_whole=True)
     equal = [(width * lane, runs) for width, runs in _take_chains(assignment, max_chains)[0]]
-    ways = _widen(supply, equal), _widen(supply, chains)
+    ways.append(_widen(supply, equal))
     chains = max(ways, key=lambda way: sum(width for width, _ in way))
     excess = max(1.0, sum(width for width, _ in chains) / max_flow)
     return [(width / excess, runs) for width, runs in chains]
