@@ -1,33 +1,34 @@
 """Decode speed against the probability that a hop fails in a step, and the pause of one failure.
 
-    python benchmarks/failures.py [--lengths 128 1024] [--rounds 3] [--pauses 8]
+    python benchmarks/failures.py [--lengths 128 1024] [--rounds 8 3] [--pauses 6]
 
 Real daemons on loopback: three hops, two servers for each. In the first part a hop that fails loses
 all its connections (they are reset by the link emulator) and with them its sessions, and is a fresh
-server again at once. Which hop fails at which step is drawn beforehand, by a seed, and is the same
-for every strategy:
+server again at once. Which hop fails at which step is drawn beforehand, by a seed, is the same for
+every strategy, and over all rounds together as often as is to be expected (`failures_draw`):
 
 - *petald*: the session recovers;
-- *restart*: at a failure the job is given up, and a new one prefills the prompt and all tokens made
-  so far, on a new chain, with caches as ever;
-- *no cache*: every step sends the whole text through the chain. It keeps nothing that could be
-  lost; a failure repeats the step. It is measured at some lengths without failures, and the rest
-  follows by arithmetic, since it takes a minute for what the others do in a second.
+- *restart*: at a failure the job is given up, without any time for noticing it, and a new one
+  prefills the prompt and all tokens made so far, on a new chain, with caches as ever;
+- *no cache*: every step sends the whole text through the chain, and keeps nothing that could be
+  lost; a failure repeats the step. It is measured at some lengths without failures, in one session
+  that begins at position 0 each time, by the daemon's own time from the request to the token. A
+  job's beginning is still in it, which a loop over steps would not pay. The rest follows by
+  arithmetic, in its favour: a failure costs it one more step, and no new connection.
 
-A length is the number of tokens generated, from a prompt of eight. The second part kills (SIGKILL)
-or stops (SIGSTOP) a hop's process, and tells detection and rebuild apart: the gap between two
-tokens that a reader of the stream sees, less a usual step, less the rebuild as petald reports it.
+Without failures a restart is the same as petald, and is not measured again. A length is the number
+of tokens generated, from a prompt of eight. Each round runs petald without failures before and
+after the runs of each strategy; what the ratios mean says `failures_table`. Of petald's runs is
+told which failures did not show as a move, and which moves none of them explains; of a restart,
+which failures broke no connection. The second part is `failures_pauses`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
-import math
-import os
-import random
 import signal
-import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -35,61 +36,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs as a file, from anywhere
 
-from benchmarks.link_emulator import LinkEmulator
-from benchmarks.report import describe_machine, spread, write_results
-from kernels.checkpoint import Checkpoint
-from kernels.model_store import find_model
-from petalctl.client import Client, Generation
-from petalctl.daemon_process import DaemonProcess
-from petalctl.private_swarm import PrivateSwarm
+from benchmarks.failures_draw import (
+    HOPS,
+    Failures,
+    Strike,
+    count_expected,
+    draw_failures,
+    match_moves,
+)
+from benchmarks.failures_pauses import measure_pauses, print_pauses
+from benchmarks.failures_swarm import Bench, open_bench, read_tokens
+from benchmarks.failures_table import Run, Speeds, pair, print_speeds
+from benchmarks.report import describe_machine, write_results
 
-HOPS = 3
 PROMPT_TOKENS = 8
-PROBABILITIES = (0.0, 1e-4, 1e-3, 1e-2)
-AIMS = {(128, 1e-3): 0.97, (128, 1e-2): 0.80, (1024, 1e-3): 0.90, (1024, 1e-2): 0.60}
-PUBLISHED = {(128, 1e-3): 0.93, (128, 1e-2): 0.30, (1024, 1e-3): 0.73, (1024, 1e-2): 0.20}
-"""Of the ancestor's algorithm, relative to its own speed without failures."""
+PROBABILITIES = (1e-4, 1e-3, 1e-2)
+NO_CACHE_SAMPLES = 6
+NO_CACHE_SESSION = "no cache"
+RELEASE_S = 0.05
+"""The daemon lets a kept session be used again a moment after it has told of the job's end."""
 
-Failures = dict[int, list[int]]
-"""For each step, the hops that fail in it."""
-
-
-def draw_failures(length: int, probability: float, seed: int) -> Failures:
-    rng = random.Random(f"{length} {probability} {seed}")
-    drawn = {step: [h for h in range(HOPS) if rng.random() < probability] for step in range(length)}
-    return {step: hops for step, hops in drawn.items() if hops}
-
-
-class Bench:
-    """The swarm, and who is who in it."""
-
-    def __init__(self, swarm: PrivateSwarm, links: LinkEmulator, client: Client, vocabulary: int):
-        self.swarm = swarm
-        self.links = links
-        self.client = client
-        self.vocabulary = vocabulary
-        self.servers: dict[str, DaemonProcess] = {}
-        for server in swarm.servers:
-            self.learn(server)
-
-    def learn(self, server: DaemonProcess) -> None:
-        with Client(server.socket) as own:
-            self.servers[own.status().peer] = server
-
-    def prompt(self, tokens: int, seed: int = 0) -> list[int]:
-        rng = random.Random(f"{tokens} {seed}")
-        return [rng.randrange(100, self.vocabulary - 100) for _ in range(tokens)]
-
-    def at_hop(self, generation: Generation, hop: int) -> DaemonProcess:
-        middle = (hop + 0.5) * generation.chain[-1].end / HOPS
-        for part in generation.chain:
-            if part.start <= middle < part.end:
-                return self.servers[part.peer]
-        raise SystemExit("the chain has a gap")
-
-    def fail(self, generation: Generation, hops: list[int]) -> None:
-        for hop in hops:
-            self.links.break_connections(self.at_hop(generation, hop).name)
+SETTLE_S = 0.5
+"""After each run, so that the next one does not pay for its broken connections."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +66,10 @@ class Text:
 
     prompt: list[int]
     tokens: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.tokens) - 1
 
 
 def find_text(bench: Bench, length: int) -> Text:
@@ -109,164 +81,144 @@ def find_text(bench: Bench, length: int) -> Text:
     raise SystemExit(f"the model ends every text before {length} tokens; try other lengths")
 
 
-def run_petald(bench: Bench, text: Text, length: int, failures: Failures) -> float:
-    prompt = text.prompt
-    generation = bench.client.generate(prompt_tokens=prompt, max_new_tokens=length + 1)
-    first_at = 0.0
-    for _ in generation:
-        step = len(generation.tokens) - 1
-        first_at = first_at or time.perf_counter()
-        bench.fail(generation, failures.get(step, []))
-    if generation.tokens != text.tokens:
+def run_petald(bench: Bench, text: Text, failures: Failures) -> Run:
+    generation = bench.client.generate(prompt_tokens=text.prompt, max_new_tokens=len(text.tokens))
+    times: list[float] = []
+    strikes: list[Strike] = []
+    for _ in read_tokens(generation):
+        step = len(times)
+        times.append(time.perf_counter())
+        strikes += bench.fail(generation, step, failures.get(step, ()))[0]
+    result = generation.result()
+    if result.tokens != text.tokens:
         raise SystemExit("the tokens are not those of the undisturbed run")
-    return length / (time.perf_counter() - first_at)
+    unseen, unexplained = match_moves(strikes, result.moves)
+    return Run(text.steps, times[-1] - times[0], len(strikes), unseen, unexplained)
 
 
-def run_restart(bench: Bench, text: Text, length: int, failures: Failures) -> float:
+def run_restart(bench: Bench, text: Text, failures: Failures) -> Run:
     so_far = list(text.prompt)
-    failures = dict(failures)
-    first_at = 0.0
-    made = 0
-    while made < length + 1:
-        generation = bench.client.generate(prompt_tokens=so_far, max_new_tokens=length + 1 - made)
-        told = 0
-        for _ in generation:
-            fresh = generation.tokens[told:]
-            told += len(fresh)
-            so_far += fresh
-            made += len(fresh)
-            first_at = first_at or time.perf_counter()
-            hops = failures.pop(made - 1, None)
-            if hops:
-                bench.fail(generation, hops)
+    times: list[float] = []
+    run = Run(text.steps, 0.0)
+    while len(times) <= text.steps:
+        generation = bench.client.generate(
+            prompt_tokens=so_far, max_new_tokens=len(text.tokens) - len(times)
+        )
+        for token in read_tokens(generation):
+            step = len(times)
+            times.append(time.perf_counter())
+            so_far.append(token)
+            if step in failures:
+                strikes, vain = bench.fail(generation, step, failures[step])
+                run.failures += len(strikes)
+                run.unseen += vain
                 break
         else:
-            if made < length + 1:
-                raise SystemExit(f"after a restart the model ended after {made} tokens")
+            if len(times) <= text.steps:
+                raise SystemExit(f"after a restart the model ended after {len(times)} tokens")
         generation.close()
-    return length / (time.perf_counter() - first_at)
+    run.seconds = times[-1] - times[0]
+    return run
 
 
-def run_without_cache(bench: Bench, length: int, probability: float, samples: int = 6) -> float:
+def run_without_cache(bench: Bench, length: int) -> Run:
+    """Steps at some lengths of text; a first one opens the session and does not count."""
     times_s = []
-    for sample in range(samples):
-        tokens = PROMPT_TOKENS + round((sample + 0.5) * length / samples)
-        started_at = time.perf_counter()
-        bench.client.generate(prompt_tokens=bench.prompt(tokens), max_new_tokens=1).result()
-        times_s.append(time.perf_counter() - started_at)
-    tries = (1 - probability) ** -HOPS
-    return 1 / (statistics.mean(times_s) * tries)
+    for sample in (NO_CACHE_SAMPLES - 1, *range(NO_CACHE_SAMPLES)):
+        tokens = PROMPT_TOKENS + round((sample + 0.5) * length / NO_CACHE_SAMPLES)
+        done = bench.client.generate(
+            prompt_tokens=bench.prompt(tokens),
+            max_new_tokens=1,
+            session=NO_CACHE_SESSION,
+            max_session_tokens=PROMPT_TOKENS + length + 1,
+        ).result()
+        if done.timings.prefilled_tokens != tokens:
+            raise SystemExit("a part of the text was still in the cache")
+        times_s.append(done.timings.first_token_s)
+        time.sleep(RELEASE_S)
+    bench.client.close_session(NO_CACHE_SESSION)
+    return Run(NO_CACHE_SAMPLES, sum(times_s[1:]))
 
 
-def measure_speeds(bench: Bench, length: int, rounds: int) -> dict[str, dict[float, list[float]]]:
-    speeds: dict[str, dict[float, list[float]]] = {
-        name: {p: [] for p in PROBABILITIES} for name in ("petald", "restart", "no cache")
-    }
+def repeat_failed_steps(run: Run, probability: float) -> Run:
+    """The same with failures: how often a step without cache is tried until no hop fails."""
+    return dataclasses.replace(run, seconds=run.seconds * (1 - probability) ** -HOPS)
+
+
+def measure_speeds(bench: Bench, length: int, rounds: int) -> Speeds:
     text = find_text(bench, length)
-    for round_number, p in itertools.product(range(rounds), PROBABILITIES):
-        failures = draw_failures(length, p, round_number)
-        speeds["petald"][p].append(run_petald(bench, text, length, failures))
-        speeds["restart"][p].append(run_restart(bench, text, length, failures))
-        speeds["no cache"][p].append(run_without_cache(bench, length, p))
+    drawn = {
+        p: draw_failures(length, p, rounds)
+        for p in PROBABILITIES
+        if count_expected(length, p, rounds) >= 1
+    }
+    speeds = Speeds(length, rounds, [run_petald(bench, text, {})])
+    speeds.runs = {name: {p: [] for p in PROBABILITIES} for name in ("petald", "restart")}
+    speeds.runs["no cache"] = {p: [] for p in (0.0, *PROBABILITIES)}
+    ways = {"petald": run_petald, "restart": run_restart}
+    for number, (name, way) in itertools.product(range(rounds), ways.items()):
+        fresh = []
+        for p, failures in drawn.items():
+            fresh.append(way(bench, text, failures[number]))
+            speeds.runs[name][p].append(fresh[-1])
+            time.sleep(SETTLE_S)
+        if name == "restart":
+            whole = run_without_cache(bench, length)
+            for p, runs in speeds.runs["no cache"].items():
+                fresh.append(repeat_failed_steps(whole, p))
+                runs.append(fresh[-1])
+        speeds.undisturbed.append(run_petald(bench, text, {}))
+        for run in fresh:
+            pair(run, *speeds.undisturbed[-2:])
     return speeds
 
 
-def print_speeds(length: int, speeds: dict[str, dict[float, list[float]]]) -> None:
-    print(f"\n{length} tokens: steps/s, and their ratio to petald's own without failures")
-    base = speeds["petald"][0.0]
-    for name, by_probability in speeds.items():
-        for p, values in by_probability.items():
-            ratios = [value / one for value, one in zip(values, base, strict=True)]
-            line = f"{name:10} p = {p:<7g} {spread(values):>26}  {spread(ratios):>24}"
-            if name == "petald" and (length, p) in AIMS:
-                line += f"  aim {AIMS[length, p]}, ancestor {PUBLISHED[length, p]}"
-            print(line)
+def print_strangers(bench: Bench) -> int:
+    """Connections that no failure reaches, since the emulator does not know whose they are."""
+    strangers = bench.links.strangers
+    if strangers:
+        print(f"NOT VALID: {strangers} connection(s) came from nobody known, and were not broken")
+    return strangers
 
 
-@dataclass(frozen=True)
-class Pause:
-    """What one failure cost."""
-
-    detection_ms: float
-    rebuild_ms: float
-
-
-def measure_pause(bench: Bench, context: int, number: signal.Signals, hop: int) -> Pause:
-    generation = bench.client.generate(prompt_tokens=bench.prompt(context), max_new_tokens=40)
-    times = []
-    victim: DaemonProcess | None = None
-    struck_at = math.inf
-    for _ in generation:
-        times.append(time.perf_counter())
-        if len(times) == 20:
-            victim = bench.at_hop(generation, hop)
-            os.kill(victim.pid, number)
-            struck_at = time.perf_counter()
-    assert victim is not None
-    result = generation.result()
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    usual_s = statistics.median(gaps)
-    pause_s = max(after - max(before, struck_at) for before, after in itertools.pairwise(times))
-    rebuild_s = sum(move.pause_s for move in result.moves if move.reason != "better")
-    if not rebuild_s:
-        raise SystemExit("a hop was killed, and nothing moved")
-    restore(bench, victim)
-    return Pause(1e3 * max(0.0, pause_s - usual_s - rebuild_s), 1e3 * rebuild_s)
-
-
-def restore(bench: Bench, victim: DaemonProcess) -> None:
-    if victim.is_running:
-        os.kill(victim.pid, signal.SIGCONT)
-    else:
-        assert victim.span is not None
-        bench.learn(bench.swarm.add_server(victim.span))
-    time.sleep(1.0)
-
-
-def print_pauses(context: int, kind: str, pauses: list[Pause]) -> None:
-    for part in ("detection", "rebuild"):
-        values = [getattr(pause, f"{part}_ms") for pause in pauses]
-        print(
-            f"{kind:8} after {context:5} tokens  {part:10} median {statistics.median(values):7.0f}"
-            f" ms, worst {max(values):7.0f} ms   (n = {len(values)})"
-        )
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        nargs="+",
+        default=[8, 3],
+        help="of each length; the last one given is that of all lengths that follow",
+    )
+    parser.add_argument("--pauses", type=int, default=6, help="failures of each kind")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    args.rounds += args.rounds[-1:] * (len(args.lengths) - len(args.rounds))
+    return args
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 1024])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pauses", type=int, default=8, help="failures of each kind")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    args = parse_arguments()
     machine = describe_machine()
-    print(f"{machine}; {args.threads} thread(s), {HOPS} hops, n = {args.rounds}")
-    config = Checkpoint(find_model(args.model).path).config
-    borders = [round(config.num_blocks * hop / HOPS) for hop in range(HOPS + 1)]
-    spans = list(itertools.pairwise(borders)) * 2
+    print(f"{machine}; {args.threads} thread(s), {HOPS} hops", flush=True)
     results: dict[str, object] = {}
-    with (
-        LinkEmulator() as links,
-        PrivateSwarm(args.model, spans, threads=args.threads, links=links) as swarm,
-        swarm.client() as client,
-    ):
-        bench = Bench(swarm, links, client, config.vocab_size)
-        for length in args.lengths:
-            speeds = measure_speeds(bench, length, args.rounds)
-            print_speeds(length, speeds)
-            results[f"speeds {length}"] = speeds
-        for context, number in itertools.product(
-            args.lengths, (signal.SIGKILL, signal.SIGSTOP) if args.pauses else ()
-        ):
-            kind = "kill" if number == signal.SIGKILL else "hang"
-            pauses = [
-                measure_pause(bench, context, number, trial % HOPS) for trial in range(args.pauses)
-            ]
-            print_pauses(context, kind, pauses)
-            results[f"{kind} {context}"] = [vars(pause) for pause in pauses]
+    with open_bench(args.model, args.threads) as bench:
+        for length, rounds in zip(args.lengths, args.rounds, strict=False):
+            speeds = measure_speeds(bench, length, rounds)
+            print_speeds(speeds)
+            results[f"speeds {length}"] = dataclasses.asdict(speeds)
+        results["strangers"] = print_strangers(bench)
+        print(flush=True)
+        for context, kind in itertools.product(args.lengths, ("kill", "hang")):
+            if args.pauses:
+                number = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
+                pauses = measure_pauses(bench, context, number, args.pauses)
+                print_pauses(context, kind, pauses)
+                results[f"{kind} {context}"] = [vars(pause) for pause in pauses]
     write_results("failures", machine, args, results)
-    return 0
+    return 1 if results["strangers"] else 0
 
 
 if __name__ == "__main__":

@@ -124,16 +124,19 @@ class LinkEmulator:
         """Brings a daemon back."""
         self._do(lambda: [self._set_hung(link, is_hung=False) for link in self._links_of(name)])
 
-    def break_connections(self, one: str, other: str | None = None) -> None:
-        """Resets the open connections of two daemons, or all of one."""
+    def break_connections(self, one: str, other: str | None = None) -> int:
+        """Resets the open connections of two daemons, or all of one; tells how many."""
+        broken = 0
 
         def act() -> None:
+            nonlocal broken
             links = self._links_of(one) if other is None else [self._link(one, other)]
-            for link in links:
-                for connection in list(link.open):
-                    connection.reset()
+            for connection in [each for link in links for each in link.open]:
+                connection.reset()
+                broken += 1
 
         self._do(act)
+        return broken
 
     def refuse(self, one: str, other: str) -> None:
         """Resets every new connection between two daemons, until `heal`."""
