@@ -53,9 +53,6 @@ PROMPT_TOKENS = 8
 PROBABILITIES = (1e-4, 1e-3, 1e-2)
 NO_CACHE_SAMPLES = 6
 NO_CACHE_SESSION = "no cache"
-RELEASE_S = 0.05
-"""The daemon lets a kept session be used again a moment after it has told of the job's end."""
-
 SETTLE_S = 0.5
 """After each run, so that the next one does not pay for its broken connections."""
 
@@ -135,7 +132,6 @@ def run_without_cache(bench: Bench, length: int) -> Run:
         if done.timings.prefilled_tokens != tokens:
             raise SystemExit("a part of the text was still in the cache")
         times_s.append(done.timings.first_token_s)
-        time.sleep(RELEASE_S)
     bench.client.close_session(NO_CACHE_SESSION)
     return Run(NO_CACHE_SAMPLES, sum(times_s[1:]))
 

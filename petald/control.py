@@ -249,6 +249,7 @@ async def _generate(connection: _Connection, request: Generate, jobs: Jobs) -> N
         raise BadRequest(f"this connection keeps {MAX_KEPT_SESSIONS} sessions; close one first")
     if name:
         connection.sessions_in_use.add(name)
+    is_in_use = bool(name)
     kept: KeptSession | None = None
     try:
         async with trio.open_nursery() as nursery:
@@ -256,12 +257,17 @@ async def _generate(connection: _Connection, request: Generate, jobs: Jobs) -> N
             kept = await job.open_session(connection.nursery, connection.kept.pop(name, None))
             if name:
                 connection.kept[name] = kept
-            await job.run(kept)
+            done = await job.run(kept)
+            if is_in_use:  # an app that hears of the end may use the session again at once
+                connection.sessions_in_use.discard(name)
+                is_in_use = False
+            await connection.send(done)
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise_alone(group)
     finally:
-        connection.sessions_in_use.discard(name)
+        if is_in_use:
+            connection.sessions_in_use.discard(name)
         if kept is not None and not (name and kept.session.is_open):
             if connection.kept.get(name) is kept:
                 del connection.kept[name]

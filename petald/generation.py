@@ -58,6 +58,9 @@ KEPT_SESSION_SPARE_TOKENS = 2048
 WAITING_PERIOD_S = 5.0
 """Between two tellings that a job still waits: it is tried more often than a person can read."""
 
+MAX_TOLD = 2048
+"""Characters of why a job waits: it quotes what peers say."""
+
 MAX_NEWS = 16
 """News of the chain that wait for an app to read; what is more is not told."""
 
@@ -188,7 +191,8 @@ class GenerationJob:
         """Tells the app what happens to the chain, until it is cancelled."""
         async for news in self._news_out:
             if isinstance(news, Waiting):
-                text = f"{news.text} (for {news.waited_s:.0f} s; waiting up to {news.limit_s:.0f})"
+                limits = f"(for {news.waited_s:.0f} s; waiting up to {news.limit_s:.0f})"
+                text = f"{news.text[:MAX_TOLD]} {limits}"
                 progress = Progress(job=self._request.job, event="waiting", text=text)
             else:
                 move = _wire_move(news)
@@ -215,8 +219,8 @@ class GenerationJob:
         with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError):
             self._news_in.send_nowait(news)
 
-    async def run(self, kept: KeptSession) -> None:
-        """Generates, and tells the app every step of it.
+    async def run(self, kept: KeptSession) -> GenerateDone:
+        """Generates, and tells the app every step of it; gives the last word, still to be told.
 
         Raises:
             HopFailed, MissingBlocks, SessionLost: the session is of no more use.
@@ -224,14 +228,14 @@ class GenerationJob:
         Cancellation: the session can be used on; ``kept.cached`` says what it has.
         """
         await self._send_chain(kept.session)
-        await self._generate(kept)
+        return await self._generate(kept)
 
     async def _send_chain(self, session: ChainSession) -> None:
         hops = _wire_chain(session)
         text = " -> ".join(f"{hop.start}:{hop.end} at {hop.peer}" for hop in hops)
         await self._send(Progress(job=self._request.job, event="chain", text=text, chain=hops))
 
-    async def _generate(self, kept: KeptSession) -> None:
+    async def _generate(self, kept: KeptSession) -> GenerateDone:
         request, model = self._request, self._model
         stream = TextStream(model.tokenizer, stop=request.stop)
         tokens: list[int] = []
@@ -257,18 +261,16 @@ class GenerationJob:
                 break
             hidden_SD = await self._decode(kept, token, next_SD, news)
         self._clock.ended_at = trio.current_time()
-        await self._send(
-            GenerateDone(
-                job=request.job,
-                model=model.identity.name,
-                text="".join(pieces),
-                tokens=tuple(tokens),
-                prompt_tokens=len(self._prompt),
-                finish_reason=finish_reason,
-                chain=_wire_chain(kept.session),
-                timings=self._clock.timings(len(tokens)),
-                moves=tuple(self._moves),
-            )
+        return GenerateDone(
+            job=request.job,
+            model=model.identity.name,
+            text="".join(pieces),
+            tokens=tuple(tokens),
+            prompt_tokens=len(self._prompt),
+            finish_reason=finish_reason,
+            chain=_wire_chain(kept.session),
+            timings=self._clock.timings(len(tokens)),
+            moves=tuple(self._moves),
         )
 
     async def _prefill(self, kept: KeptSession) -> torch.Tensor:

@@ -48,6 +48,14 @@ def test_a_long_prompt_is_prefilled_in_pieces(client: Client) -> None:
     assert again.timings.prefilled_tokens < whole.prompt_tokens / 2 + 100
 
 
+def test_a_kept_session_is_used_again_at_once(client: Client) -> None:
+    answers = {
+        client.generate(prompt="One, two,", max_new_tokens=1, session="quick").result().tokens
+        for _ in range(30)
+    }
+    assert len(answers) == 1
+
+
 def test_sampling_with_a_seed_is_repeatable(client: Client) -> None:
     def sample(seed: int) -> tuple[int, ...]:
         return (
