@@ -23,8 +23,10 @@ MAX_DECODE_TOKENS = 4
 """A step of so few tokens is bound by reading the weights, like a decode step, and ranks as one."""
 
 
-STEP_TIME_WEIGHT = 0.02
+STEP_WEIGHT = 0.02
 """Of the newest decode step in their mean time: some fifty, a second or two, show a change."""
+
+PREFILL_WEIGHT = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class HostedSpan:
         self.arena = arena
         self._executor = executor
         self._block_s: float | None = None
+        self._token_s: float | None = None
         self.decode_steps = 0
         self.prefill_steps = 0
 
@@ -65,6 +68,12 @@ class HostedSpan:
         """How long a decode step through the whole span lately took; none before the first."""
         blocks = self.span.end - self.span.start
         return None if self._block_s is None else self._block_s * blocks
+
+    @property
+    def token_s(self) -> float | None:
+        """How long each token of a prefill through the whole span lately took; likewise."""
+        blocks = self.span.end - self.span.start
+        return None if self._token_s is None else self._token_s * blocks
 
     @property
     def queued_tokens(self) -> int:
@@ -165,14 +174,12 @@ class HostedSpan:
         )
         if is_decode:
             self.decode_steps += 1
-            self._note_block_time(timed.compute_s / (end - start))
+            self._block_s = _mean(self._block_s, timed.compute_s / (end - start), STEP_WEIGHT)
         else:
             self.prefill_steps += 1
+            block_s = timed.compute_s / (end - start)
+            self._token_s = _mean(self._token_s, block_s / tokens, PREFILL_WEIGHT)
         return timed
-
-    def _note_block_time(self, seconds: float) -> None:
-        before = seconds if self._block_s is None else self._block_s
-        self._block_s = before + STEP_TIME_WEIGHT * (seconds - before)
 
     def _run_batch(self, works: Sequence[_StepWork]) -> Sequence[torch.Tensor]:
         for work in works:
@@ -188,3 +195,7 @@ class HostedSpan:
         packed_SD = torch.cat([work.hidden_SD for work in works])
         output_SD = self.span.step(packed_SD, segments, start=first.start, end=first.end)
         return torch.split(output_SD, [segment.tokens for segment in segments])
+
+
+def _mean(before: float | None, value: float, weight: float) -> float:
+    return value if before is None else before + weight * (value - before)

@@ -13,36 +13,29 @@ FAR_BYTES_PER_S = 2.5e6
 """Until bandwidth is measured: a peer within one house or rack moves what py-libp2p can carry
 (tens of MB/s on loopback), any other what a home's uplink of 20 Mbit/s does."""
 
-PREFILL_SPEED_UP = 4.0
-"""A token within a prefill takes a quarter of a decode step, at most, where nothing was measured:
-the weights are read once for many tokens."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebuildCost:
     """What is known of a hop that is to be rebuilt.
 
     Attributes:
-        step_s: time of a decode step through its blocks, on the new server.
+        token_s: time of one more token of a replay through its blocks, on the new server.
         row_bytes: of the hidden states of one token.
         cache_bytes: of one token's keys and values in all its blocks.
         client_round_trip_s: from the client to the new server.
         round_trip_s: from the old server to the new one.
-        is_replay_exact: it repeats step by step, and not in long pieces.
     """
 
-    step_s: float
+    token_s: float
     row_bytes: int
     cache_bytes: int
     client_round_trip_s: float
     round_trip_s: float
-    is_replay_exact: bool
 
     def replay_s(self, tokens: int) -> float:
         """By replay of the client's history: transfer and computing overlap, in pieces."""
         transfer_s = tokens * self.row_bytes / _bytes_per_s(self.client_round_trip_s)
-        compute_s = tokens * self.step_s / (1 if self.is_replay_exact else PREFILL_SPEED_UP)
-        return self.client_round_trip_s + max(transfer_s, compute_s)
+        return self.client_round_trip_s + max(transfer_s, tokens * self.token_s)
 
     def hand_over_s(self, tokens: int) -> float:
         """By a copy of the old hop's cache."""

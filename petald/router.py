@@ -354,14 +354,13 @@ class _ModelChooser:
         config = self._model.config
         position = view.columns.position.get(new.peer)
         blocks = new.end - new.start
-        step_s = 0.0 if position is None else float(view.columns.block_s[position]) * blocks
+        block_s = view.columns.block_s if self._router.is_replay_exact else view.columns.token_s
         trips = [self._router.round_trip_s(hop.peer) for hop in (old, new)]
         return RebuildCost(
-            step_s=step_s,
+            token_s=0.0 if position is None else float(block_s[position]) * blocks,
             row_bytes=4 * config.hidden_size,
             cache_bytes=2 * _DTYPE_BYTES.get(_cache_dtype(view, new), 4) * config.kv_size * blocks,
             client_round_trip_s=trips[1],
-            is_replay_exact=self._router.is_replay_exact,
             round_trip_s=max(trips),  # of two near ones it is short; else it is not known
         )
 

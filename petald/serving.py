@@ -62,6 +62,7 @@ class Serving:
             end=span.end,
             state=state,
             step_ms=round(step_ms, 2),
+            prefill_ms=round((self.hosted.token_s or 0.0) * 1e3, 3),
             queue_ms=round(self.hosted.mean_queue_s * 1e3, 1),
             round_trips=self._round_trips(),
             cache_tokens=arena.capacity_tokens,

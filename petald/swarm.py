@@ -31,12 +31,15 @@ from p2p.wire.message import (
     Name,
     Record,
 )
-from petald.rebuild_cost import PREFILL_SPEED_UP
 
 MAX_ANNOUNCEMENT_BYTES = 4096
 MAX_ROUND_TRIPS = 4
 """Some 28 bytes each. In a small swarm these are all next hops that there are; in one of 10,000
 servers a choice of a chain reckons with 80,000 known ways, which takes it some 45 ms."""
+
+PREFILL_SPEED_UP = 4.0
+"""A token within a prefill takes a quarter of a decode step, at most, where nothing was measured:
+the weights are read once for many tokens."""
 
 Milliseconds = Annotated[float, Bound(0, 1e6)]
 Floats = npt.NDArray[np.float64]

@@ -16,9 +16,15 @@ from hypothesis import strategies as st
 from petald import block_flow
 from petald.errors import MissingBlocks
 from petald.parallel_routing import TOLERANCE, ChainShare, choose_parallel_chains
-from petald.rebuild_cost import PREFILL_SPEED_UP
 from petald.routing import choose_chain
-from petald.swarm import Announcement, Server, ServerState, SwarmView, make_view
+from petald.swarm import (
+    PREFILL_SPEED_UP,
+    Announcement,
+    Server,
+    ServerState,
+    SwarmView,
+    make_view,
+)
 
 MODEL = bytes(32)
 MANY = 1000
