@@ -198,9 +198,11 @@ class ServedSession:
         The first step ends it, if it still goes on: then the client has changed its mind.
         """
         text = "the session has begun, or was opened for fewer tokens, or takes a cache already"
-        if self._has_begun or self._receiving or attach.tokens > self.state.max_tokens:
+        is_late = self._has_begun or self._has_ended
+        if is_late or self._receiving or attach.tokens > self.state.max_tokens:
             await messages.send(Refusal(code="bad_request", text=text))
             return False
+        self._receive_ended = trio.Event()
         try:
             with trio.move_on_after(TRANSFER_DEADLINE_S) as self._receiving:
                 await receive_cache(
