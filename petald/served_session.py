@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import trio
@@ -78,6 +79,14 @@ CODE_SESSION_IDLE = "session_idle"
 CODE_HAND_OVER_FAILED = "hand_over_failed"
 
 
+@dataclass(frozen=True, slots=True)
+class _Pushed:
+    """A step in the inbox that the hop before pushed."""
+
+    peer: str
+    step: Step
+
+
 class ServedSession:
     """One session; `Server` makes it when there is room.
 
@@ -109,7 +118,7 @@ class ServedSession:
         self.is_busy = False
         self._network = network
         self._hosted = hosted
-        self._inbox_in, self._inbox_out = trio.open_memory_channel[Message](INBOX_STEPS)
+        self._inbox_in, self._inbox_out = trio.open_memory_channel[Message | _Pushed](INBOX_STEPS)
         self._received = 0
         self._pushed = 0
         self._end_received = 0
@@ -181,10 +190,12 @@ class ServedSession:
         try:
             while (item := await messages.receive()) is not None:
                 step = expect(item, Step)
+                if self.previous != messages.remote_peer:
+                    return
                 if step.number > self._pushed:  # else it came before, or goes in a circle
                     self._pushed = step.number
                     self._note_arrival(step)
-                    await self._inbox_in.send(step)
+                    await self._inbox_in.send(_Pushed(messages.remote_peer, step))
         except RemoteProtocolError as error:
             log.info("pushes refused", peer=messages.remote_peer, reason=str(error))
             await self._report(0, error.code, str(error), culprit=messages.remote_peer)
@@ -270,8 +281,10 @@ class ServedSession:
             try:
                 if isinstance(item, LinkNext):
                     await self._link(item)
-                else:
+                elif not isinstance(item, _Pushed):
                     await self._take_step(expect(item, Step))
+                elif item.peer == self.previous:  # else its link was ended while it waited
+                    await self._take_step(item.step)
             finally:
                 self.is_busy = False
                 now = trio.current_time()
@@ -385,6 +398,7 @@ class ServedSession:
             dtype=span.dtype,
             device=span.device,
         )
+        previous = self.previous
         with self._truncated_on_failure(decision.truncate_to):
             timed = await self._hosted.run_step(
                 self.cache,
@@ -395,6 +409,8 @@ class ServedSession:
                 peer=self.client.remote_peer,
             )
         self.state.on_done(number=step.number, position=step.position, tokens=hidden_SD.shape[0])
+        if self.previous != previous:  # meanwhile: the step may have been the other one's
+            self.state.on_new_previous()
         return step, timed.value, _add_time(step, timed)
 
     @contextlib.contextmanager
