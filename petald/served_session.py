@@ -313,6 +313,9 @@ class ServedSession:
             nursery.start_soon(stream.abort)
 
     async def _link(self, link: LinkNext) -> None:
+        if self._next_stream is not None:  # of a link that was made while this one waited
+            await self._next_stream.abort()
+            self._next_stream = None
         self._next_peer = link.peer
         self._network.learn(PeerAddress(link.peer, link.addresses))
         reply: Message = LinkFailed(
@@ -323,9 +326,9 @@ class ServedSession:
         with trio.move_on_after(LINK_DEADLINE_S) as self._linking:
             try:
                 opened = await self._network.open_stream(link.peer, PUSH_PROTOCOL)
-                self._next_stream = MessageStream(opened)
-                await self._next_stream.send(AttachPush(session=link.session))
-                answer = await self._next_stream.receive()
+                stream = self._next_stream = MessageStream(opened)
+                await stream.send(AttachPush(session=link.session))
+                answer = await stream.receive()
                 if isinstance(answer, Ok):
                     reply = LinkDone(request=link.request)
                 elif isinstance(answer, Refusal):
