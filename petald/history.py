@@ -138,8 +138,7 @@ class InputHistory:
         store = self._store
         at = part.rows * part.row_bytes
         if part.file is None and not store.has_room(len(data)):
-            part.file = store.make_file()
-            _write_all(part.file, part.memory, 0)
+            part.file = self._spill(part.memory)
             store.memory_bytes -= len(part.memory)
             store.spilled_bytes += len(part.memory)
             part.memory = bytearray()
@@ -149,6 +148,15 @@ class InputHistory:
         else:
             _write_all(part.file, data, at)
             store.spilled_bytes += len(data)
+
+    def _spill(self, memory: bytearray) -> IO[bytes]:
+        file = self._store.make_file()
+        try:
+            _write_all(file, memory, 0)
+        except OSError:
+            file.close()  # the rows are where they were
+            raise
+        return file
 
     def _drop(self, part: _Part) -> None:
         size = part.rows * part.row_bytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2p.wire.tensor import WireTensor
+from petald.errors import SessionLost
 from petald.history import HistoryStore
 
 FORMS = [("float32", "raw", 16), ("bfloat16", "raw", 8), ("float32", "int8", 6)]
@@ -89,3 +92,26 @@ def test_rows_that_are_not_there_are_not_read() -> None:
     history.append(make_rows(0, [1]))
     with pytest.raises(ValueError, match="1:2"):
         history.read(1, 2)
+
+
+@pytest.mark.parametrize("rows_before", [0, 3, 8], ids=["first", "spilling", "spilled"])
+def test_what_cannot_be_written_loses_the_session_and_no_memory(
+    rows_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = HistoryStore(limit_bytes=100)
+    history, other = store.open(), store.open()
+    other.append(make_rows(0, [9]))
+    if rows_before:
+        history.append(make_rows(0, [1] * rows_before))
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        with pytest.raises(SessionLost, match=r"No space left.*disk space"):
+            history.append(make_rows(0, [2] * 9))
+    history.close()
+    assert (store.memory_bytes, store.spilled_bytes) == (16, 0)
+    other.append(make_rows(0, [8]))
+    assert bytes(other.read(0, 2).data) == bytes([9] * 16 + [8] * 16)
