@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import AsyncIterator, Sequence
@@ -335,6 +336,63 @@ async def test_a_hop_that_gives_no_numbers_is_replaced(
         )
         assert swarm.penalised == [swarm.networks[hop].peer]
         assert session.chain[hop].peer == swarm.networks[2 + hop].peer
+
+
+async def test_a_hop_that_changes_how_it_writes_its_outputs_is_replaced(
+    checkpoint: Checkpoint,
+) -> None:
+    spans = [(0, 2), (2, 4)]
+    async with open_swarm(checkpoint, *spans, *spans) as swarm:
+        session = await swarm.open(chain=swarm.hops()[:2])
+        outputs = []
+        bad = swarm.hosted[0]
+        run_step = bad.run_step
+
+        async def run_in_another_dtype(*args: Any, **options: Any) -> Timed:
+            timed = await run_step(*args, **options)
+            return replace(timed, value=timed.value.to(torch.bfloat16))
+
+        at = 0
+        for size in (8, 2, 4, 1):
+            rows_SD = swarm.hidden_SD[at : at + size]
+            result = await session.run_step(to_wire(rows_SD), position=at, wanted=Wanted.ALL)
+            outputs.append(swarm.decode(result.hidden))
+            at += size
+            if at == 10:
+                bad.run_step = run_in_another_dtype  # type: ignore[method-assign]
+        torch.testing.assert_close(torch.cat(outputs), swarm.expected_SD[:at], rtol=1e-4, atol=1e-3)
+        assert swarm.penalised == [swarm.networks[0].peer]
+        assert session.chain[0].peer == swarm.networks[2].peer
+        assert session.is_open
+
+
+@pytest.mark.parametrize(("limit_bytes", "what"), [(1000, "input"), (2000, "copy")])
+async def test_a_history_that_cannot_be_written_ends_its_session_alone(
+    checkpoint: Checkpoint, limit_bytes: int, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    async with open_swarm(checkpoint, (0, 2), (2, 4)) as swarm:
+        swarm.histories = HistoryStore(limit_bytes=limit_bytes)
+        lost, other = await swarm.open(), await swarm.open()
+        await other.run_step(to_wire(swarm.hidden_SD[:1]), position=0, wanted=Wanted.LAST)
+        with pytest.raises(SessionLost, match="No space left"):  # 8 rows of its input take 1,536 B
+            await lost.run_step(to_wire(swarm.hidden_SD[:8]), position=0, wanted=Wanted.LAST)
+        assert not lost.is_open
+        with pytest.raises(SessionLost):
+            await lost.run_step(to_wire(swarm.hidden_SD[:1]), position=0, wanted=Wanted.LAST)
+        result = await other.run_step(to_wire(swarm.hidden_SD[1:2]), position=1, wanted=Wanted.LAST)
+        torch.testing.assert_close(
+            swarm.decode(result.hidden), swarm.expected_SD[1:2], rtol=1e-4, atol=1e-3
+        )
+        assert other.is_open
+        assert swarm.penalised == []  # no hop is to blame
+        await lost.close()
+        await other.close()
+        await swarm.wait_free()
+        assert (swarm.histories.memory_bytes, swarm.histories.spilled_bytes) == (0, 0)
 
 
 async def test_a_leaving_hop_hands_its_cache_over(checkpoint: Checkpoint) -> None:
