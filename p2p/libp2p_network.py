@@ -1,9 +1,9 @@
 """The network, made of libp2p: TCP, Noise, yamux, and Kademlia for finding the peers near a key.
 
-With `p2p.libp2p_muxer` the only importer of libp2p, and the place for what must be worked around in
-it; each such place names what to remove when upstream mends it (seen in py-libp2p 0.8.1). Foreign
-errors are translated here. Invariant: an exception in one inbound stream's handler ends that stream
-alone.
+With `p2p.libp2p_muxer` and `p2p.libp2p_dialler` the only importer of libp2p, and the place for what
+must be worked around in it; each such place names what to remove when upstream mends it (seen in
+py-libp2p 0.8.1). Foreign errors are translated here. Invariant: an exception in one inbound
+stream's handler ends that stream alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import cast
 
-import libp2p.network.swarm
 import libp2p.stream_muxer.muxer_multistream
 import trio
 from libp2p import new_host
@@ -29,6 +29,7 @@ from libp2p.custom_types import TProtocol
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.utils import sort_peer_ids_by_distance
 from libp2p.network.stream.exceptions import StreamEOF, StreamError
+from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL
@@ -36,8 +37,15 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from p2p.errors import AddressInUse, P2PError, PeerUnreachable, StreamBroken
+from p2p.address_book import MAX_ADDRESSES
+from p2p.errors import (
+    AddressInUse,
+    P2PError,
+    PeerUnreachable,
+    StreamBroken,
+)
 from p2p.identity import Identity, verify
+from p2p.libp2p_dialler import Dialler, Peers
 from p2p.libp2p_muxer import Muxer
 from p2p.network import PeerAddress, StreamHandler
 from p2p.network import Stream as StreamProtocol
@@ -54,14 +62,8 @@ BOOTSTRAP_LAST_RETRY_S = 60.0
 CLOSE_DEADLINE_S = 0.5
 MAX_STREAMS_PER_PEER = 512
 MAX_STREAMS = 8192
-MAX_LEARNT_ADDRESSES = 16
-ADDRESS_TTL_S = 3600
 PING_PROTOCOL = "/petald/ping/1"
 PING_BYTES = 8
-
-# A dial waits this long for its first attempt to fail, and it waits also when the attempt has
-# succeeded, which cost every dial 250 ms. Remove when upstream stops waiting after a success.
-libp2p.network.swarm._HAPPY_EYEBALLS_DELAY = 0.01
 
 # The muxer's class is a global of upstream's; see `p2p.libp2p_muxer` for why it is replaced.
 libp2p.stream_muxer.muxer_multistream.Yamux = Muxer  # type: ignore[attr-defined, assignment]
@@ -119,11 +121,13 @@ class Libp2pNetwork:
     """A `p2p.network.Network`; made by `open_libp2p_network`."""
 
     def __init__(
-        self, identity: Identity, host: IHost, dht: KadDHT, announce: Sequence[str]
+        self, identity: Identity, host: IHost, peers: Peers, dht: KadDHT, announce: Sequence[str]
     ) -> None:
         self._identity = identity
         self._peer = identity.peer
         self._host = host
+        self._peers = peers
+        self._dialler = Dialler(cast(Swarm, host.get_network()), peers)
         self._dht = dht
         self._announce = tuple(announce)
         self._handlers: dict[str, StreamHandler] = {}
@@ -153,14 +157,16 @@ class Libp2pNetwork:
         serve = functools.partial(self._serve_stream, protocol)
         self._host.set_stream_handler(TProtocol(protocol), serve)
 
-    async def open_stream(self, peer: str, protocol: str) -> StreamProtocol:
+    async def open_stream(
+        self, peer: str, protocol: str, *, hints: Sequence[str] = ()
+    ) -> StreamProtocol:
         """Opens a stream; to the own peer, one that stays in the process."""
         if peer == self._peer:
             return self._open_own_stream(protocol)
         peer_id = _parse_peer(peer)
-        self._forget_failed_dials(peer_id)
         with trio.move_on_after(DIAL_DEADLINE_S) as dialling:
             try:
+                await self._dialler.dial(peer_id, hints)
                 stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
                 return _Stream(stream, peer)
             except Exception as error:  # libp2p raises a class of its own for each way to fail
@@ -171,18 +177,11 @@ class Libp2pNetwork:
         raise PeerUnreachable(f"{peer} did not answer within {DIAL_DEADLINE_S:g} s")
 
     def learn(self, peer: PeerAddress) -> None:
-        """Remembers where a peer may be reached."""
-        if peer.peer == self._peer or not peer.addresses:
+        """Remembers where a peer says that it listens."""
+        if peer.peer == self._peer:
             return
-        addresses = []
-        for text in peer.addresses[:MAX_LEARNT_ADDRESSES]:
-            try:
-                addresses.append(Multiaddr(text))
-            except ValueError:
-                log.debug("an address of %s cannot be read", peer.peer)
         with contextlib.suppress(PeerUnreachable):
-            peer_id = _parse_peer(peer.peer)
-            self._host.get_peerstore().add_addrs(peer_id, addresses, ADDRESS_TTL_S)
+            self._peers.learn(_parse_peer(peer.peer), peer.addresses)
 
     async def connect(self, address: str) -> str:
         """Dials a full multiaddr."""
@@ -192,7 +191,6 @@ class Libp2pNetwork:
             raise PeerUnreachable(
                 f"{address!r} is no full address; /ip4/HOST/tcp/PORT/p2p/PEER was expected"
             ) from error
-        self._forget_failed_dials(info.peer_id)
         with trio.move_on_after(DIAL_DEADLINE_S) as dialling:
             try:
                 await self._host.connect(info)
@@ -310,16 +308,6 @@ class Libp2pNetwork:
                 for peer_id in self._host.get_connected_peers():
                     nursery.start_soon(self._disconnect, peer_id)
 
-    def _forget_failed_dials(self, peer_id: ID) -> None:
-        """Lets a peer be dialled again at once.
-
-        After a failure upstream refuses every dial for a minute; whoever asks here, asks because a
-        session waits, and has its own penalties. Remove when the time can be set.
-        """
-        unblock = getattr(self._host.get_network(), "unblock_peer", None)
-        if unblock is not None:
-            unblock(peer_id)
-
     async def _disconnect(self, peer_id: ID) -> None:
         with contextlib.suppress(Exception):  # whatever is wrong with it, it is going
             await self._host.disconnect(peer_id)
@@ -362,12 +350,7 @@ class Libp2pNetwork:
         return near
 
     def _peer_address(self, peer_id: ID) -> PeerAddress:
-        try:
-            addresses = self._host.get_peerstore().addrs(peer_id)
-        except Exception:  # upstream's class for "no such peer" differs from store to store
-            addresses = []
-        texts = (str(address).partition("/p2p/")[0] for address in addresses)
-        return PeerAddress(str(peer_id), tuple(dict.fromkeys(texts))[:MAX_LEARNT_ADDRESSES])
+        return PeerAddress(str(peer_id), self._peers.known_addresses(peer_id)[:MAX_ADDRESSES])
 
 
 @asynccontextmanager
@@ -394,8 +377,10 @@ async def open_libp2p_network(
     seed = Ed25519PrivateKey.from_bytes(identity.seed)
     keys = KeyPair(seed, seed.get_public_key())
     noise = NoiseTransport(keys, noise_privkey=create_noise_keys().private_key)
+    peers = Peers()
     host = new_host(
         key_pair=keys,
+        peerstore_opt=peers,
         muxer_preference="YAMUX",
         sec_opt={NOISE_PROTOCOL: noise},
         disable_identify_address_discovery=True,
@@ -407,7 +392,7 @@ async def open_libp2p_network(
         background_trio_service(dht),
         trio.open_nursery() as nursery,
     ):
-        network = Libp2pNetwork(identity, host, dht, announce)
+        network = Libp2pNetwork(identity, host, peers, dht, announce)
         await nursery.start(network.serve_own_streams)
         if bootstrap:
             await network.dial_bootstrap(bootstrap)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -229,8 +229,8 @@ class MemoryNetwork:
         """Serves inbound streams of a protocol."""
         self.handlers[protocol] = handler
 
-    async def open_stream(self, peer: str, protocol: str) -> Stream:
-        """Opens a stream."""
+    async def open_stream(self, peer: str, protocol: str, *, hints: Sequence[str] = ()) -> Stream:
+        """Opens a stream; where the peer is, everybody knows."""
         return await self._hub.open_stream(self, peer, protocol)
 
     def learn(self, peer: PeerAddress) -> None:

@@ -7,7 +7,7 @@ text; a protocol's id ends in its version number, as in ``/petald/session/1``.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,15 +73,28 @@ class Network(Protocol):
     def set_handler(self, protocol: str, handler: StreamHandler) -> None:
         """Serves inbound streams of a protocol, each in a task of its own."""
 
-    async def open_stream(self, peer: str, protocol: str) -> Stream:
+    async def open_stream(self, peer: str, protocol: str, *, hints: Sequence[str] = ()) -> Stream:
         """Opens a stream, over the connection that there is or a new one.
+
+        All known addresses are tried, one after the other, until the peer itself answers at one.
+
+        Args:
+            peer: whose the other end must be; it proves it.
+            protocol: what to speak.
+            hints: where somebody else says that the peer listens; the first few are tried after all
+                that is known, and forgotten.
 
         Raises:
             PeerUnreachable: there is no way to the peer, or it does not speak the protocol.
         """
 
     def learn(self, peer: PeerAddress) -> None:
-        """Remembers where a peer may be reached (a hint: the peer proves its id when dialled)."""
+        """Remembers where a peer says that it listens, in place of where it said so before.
+
+        Only for the peer's own word, such as its signed record in the directory. What anybody else
+        says of it belongs to the ``hints`` of `open_stream`: nobody can make a peer unreachable by
+        what he says of it.
+        """
 
     async def connect(self, address: str) -> str:
         """Dials a full multiaddr that ends in ``/p2p/PEER``, and gives the peer.

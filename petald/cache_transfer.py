@@ -13,7 +13,7 @@ import trio
 
 from kernels.kv_cache import SequenceCache
 from p2p.errors import DeadlineExceeded, Refused, RemoteProtocolError
-from p2p.network import Network, PeerAddress
+from p2p.network import Network
 from p2p.rpc import MessageStream
 from p2p.wire.message import expect
 from p2p.wire.replies import Ok, Refusal
@@ -45,9 +45,8 @@ async def send_cache(
     """
     if cache.length < item.tokens:
         raise BadRequest(f"{item.tokens} tokens were to be handed over; {cache.length} are cached")
-    network.learn(PeerAddress(item.peer, item.addresses))
     with trio.move_on_after(TRANSFER_DEADLINE_S):
-        stream = await network.open_stream(item.peer, PUSH_PROTOCOL)
+        stream = await network.open_stream(item.peer, PUSH_PROTOCOL, hints=item.addresses)
         async with MessageStream(stream) as messages:
             await messages.send(AttachCache(session=item.session, tokens=item.tokens))
             await _expect_ok(messages)

@@ -20,7 +20,7 @@ from typing import Protocol
 import trio
 
 from p2p.errors import P2PError, RemoteProtocolError
-from p2p.network import Network, PeerAddress
+from p2p.network import Network
 from p2p.rpc import MessageStream
 from p2p.wire.message import Message, expect
 from p2p.wire.replies import Refusal
@@ -458,8 +458,9 @@ class ChainSession:
     async def _run_line(self, line: _Line, action: OpenHop) -> None:
         with line.scope:
             try:
-                self._network.learn(PeerAddress(line.at.peer, line.at.addresses))
-                stream = await self._network.open_stream(line.at.peer, SESSION_PROTOCOL)
+                stream = await self._network.open_stream(
+                    line.at.peer, SESSION_PROTOCOL, hints=line.at.addresses
+                )
                 messages = MessageStream(stream)
                 try:
                     await self._open_hop(line, messages, action)

@@ -19,7 +19,7 @@ import trio
 from kernels.errors import KernelError
 from kernels.kv_cache import SequenceCache
 from p2p.errors import DeadlineExceeded, P2PError, RemoteProtocolError
-from p2p.network import Network, PeerAddress
+from p2p.network import Network
 from p2p.rpc import MessageStream
 from p2p.wire.message import Message, expect
 from p2p.wire.replies import Ok, Refusal
@@ -317,7 +317,6 @@ class ServedSession:
             await self._next_stream.abort()
             self._next_stream = None
         self._next_peer = link.peer
-        self._network.learn(PeerAddress(link.peer, link.addresses))
         reply: Message = LinkFailed(
             request=link.request,
             code=CODE_NEXT_HOP_LOST,
@@ -325,7 +324,9 @@ class ServedSession:
         )
         with trio.move_on_after(LINK_DEADLINE_S) as self._linking:
             try:
-                opened = await self._network.open_stream(link.peer, PUSH_PROTOCOL)
+                opened = await self._network.open_stream(
+                    link.peer, PUSH_PROTOCOL, hints=link.addresses
+                )
                 stream = self._next_stream = MessageStream(opened)
                 await stream.send(AttachPush(session=link.session))
                 answer = await stream.receive()

@@ -49,9 +49,9 @@ def test_package_keeps_to_its_side(package, forbidden):
     assert find_breaches(package, forbidden) == []
 
 
-def test_libp2p_is_imported_by_its_network_and_its_muxer_alone():
+def test_libp2p_is_imported_by_its_network_its_dialler_and_its_muxer_alone():
     def is_border(name: str) -> bool:
-        return name in ("p2p/libp2p_network.py", "p2p/libp2p_muxer.py")
+        return name in ("p2p/libp2p_network.py", "p2p/libp2p_dialler.py", "p2p/libp2p_muxer.py")
 
     for package in PACKAGES:
         assert find_breaches(package, ("libp2p",), is_border) == []

@@ -6,15 +6,29 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 import trio
+from libp2p.crypto.ed25519 import create_new_key_pair as new_keys
+from libp2p.peer.envelope import Envelope
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import create_signed_peer_record
+from multiaddr import Multiaddr
 
 from p2p.errors import AddressInUse, PeerUnreachable, StreamBroken
 from p2p.identity import create_identity
-from p2p.libp2p_network import open_libp2p_network
-from p2p.network import PeerAddress, Stream
-from tests.p2p.test_network import ECHO, LOOPBACK, echo, open_libp2p_networks, receive_exactly
+from p2p.libp2p_dialler import Peers
+from p2p.libp2p_network import Libp2pNetwork, open_libp2p_network
+from p2p.network import Network, PeerAddress, Stream
+from tests.p2p.test_network import (
+    DEAD,
+    ECHO,
+    LOOPBACK,
+    echo,
+    open_libp2p_networks,
+    receive_exactly,
+)
 
 OTHER_PROCESS = """
 import trio
@@ -66,6 +80,18 @@ def other_process():
         assert process.stdout is not None
         yield process, process.stdout.readline().strip()
         process.kill()
+
+
+@pytest.fixture
+def silent_address():
+    """Where connections are taken, and nothing is ever said."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"/ip4/127.0.0.1/tcp/{server.getsockname()[1]}"
+
+
+def open_unknown() -> AbstractAsyncContextManager[Libp2pNetwork]:
+    """A peer that has heard of nobody."""
+    return open_libp2p_network(create_identity(), listen=LOOPBACK)
 
 
 async def test_a_killed_process_breaks_a_pending_receive(other_process):
@@ -158,6 +184,108 @@ async def test_a_peer_can_be_reached_at_once_after_failed_dials():
             stream = await network.open_stream(identity.peer, ECHO)
             await stream.send_all(b"back")
             assert await receive_exactly(stream, 4) == b"back"
+
+
+async def reach(network: Network, peer: str, *, hints: tuple[str, ...] = ()) -> None:
+    """Says something to a peer that echoes, over a connection that is new."""
+    assert peer not in {each.peer for each in network.connected_peers()}
+    stream = await network.open_stream(peer, ECHO, hints=hints)
+    await stream.send_all(b"hello")
+    assert await receive_exactly(stream, 5) == b"hello"
+
+
+async def test_a_peer_that_starts_again_at_another_address_is_reached_there():
+    identity = create_identity()
+    async with open_unknown() as network:
+        for _ in range(3):
+            async with open_libp2p_network(identity, listen=LOOPBACK) as other:
+                other.set_handler(ECHO, echo)
+                network.learn(PeerAddress(other.peer, other.addresses))
+                await reach(network, other.peer)
+            with trio.fail_after(5):
+                while network.connected_peers():  # noqa: ASYNC110  # nothing tells of it
+                    await trio.sleep(0.01)
+
+
+async def test_a_hint_helps_where_nothing_answers_at_the_known_address():
+    async with open_unknown() as network, open_unknown() as other:
+        other.set_handler(ECHO, echo)
+        network.learn(PeerAddress(other.peer, (DEAD,)))
+        await reach(network, other.peer, hints=other.addresses)
+
+
+async def test_a_hint_is_forgotten():
+    async with open_libp2p_networks(2) as (a, b), open_unknown() as stranger:
+        for hint in (*a.addresses, DEAD):
+            with pytest.raises(PeerUnreachable):
+                await stranger.open_stream(b.peer, ECHO, hints=[hint])
+        b.set_handler(ECHO, echo)
+        with pytest.raises(PeerUnreachable, match="no address"):
+            await stranger.open_stream(b.peer, ECHO)
+        await reach(stranger, b.peer, hints=b.addresses)
+
+
+async def test_a_hint_that_leads_to_somebody_else_takes_nothing_away():
+    async with open_libp2p_networks(3) as (a, b, c):
+        b.set_handler(ECHO, echo)
+        peer_id = ID.from_base58(b.peer)
+        a.learn(PeerAddress(b.peer, c.addresses))
+        with pytest.raises(PeerUnreachable):
+            await a.open_stream(b.peer, ECHO)
+        assert a._peers.known_addresses(peer_id) == c.addresses
+        a.learn(PeerAddress(b.peer, b.addresses))
+        await reach(a, b.peer, hints=c.addresses)
+
+
+async def test_hearsay_of_kademlia_comes_after_the_peers_own_word(silent_address):
+    async with open_libp2p_networks(2) as (a, b):
+        b.set_handler(ECHO, echo)
+        peer_id = ID.from_base58(b.peer)
+        hearsay = [Multiaddr(silent_address), Multiaddr("/ip4/10.255.0.1/tcp/1")]
+        a._peers.add_addrs(peer_id, hearsay, 3600)
+        assert a._peers.known_addresses(peer_id)[0] == b.addresses[0]
+        await reach(a, b.peer)
+
+
+async def test_a_signed_record_replaces_the_one_before_and_all_hearsay():
+    keys = new_keys(bytes(range(32)))
+    peer_id = ID.from_pubkey(keys.public_key)
+
+    def record(address: str) -> Envelope:
+        return create_signed_peer_record(peer_id, [Multiaddr(address)], keys.private_key)
+
+    peers = Peers()
+    old, new = record("/ip4/192.0.2.1/tcp/1"), record("/ip4/192.0.2.1/tcp/2")
+    peers.add_addrs(peer_id, [Multiaddr("/ip4/192.0.2.9/tcp/1")], 3600)
+    assert peers.consume_peer_record(old, 7200)
+    assert peers.known_addresses(peer_id) == ("/ip4/192.0.2.1/tcp/1",)
+    assert peers.consume_peer_record(new, 7200)
+    assert not peers.consume_peer_record(old, 7200)
+    assert peers.known_addresses(peer_id) == ("/ip4/192.0.2.1/tcp/2",)
+    peers.learn(peer_id, ["/ip4/192.0.2.1/tcp/3", "/ip6/fe80::1%25x/tcp/1", "/dns4/a b/tcp/1"])
+    assert str(peers.addrs(peer_id)[0]) == "/ip4/192.0.2.1/tcp/3"
+    assert peers.peer_info(peer_id).addrs == peers.addrs(peer_id)
+    assert peers.consume_peer_record(create_signed_peer_record(peer_id, [], keys.private_key), 7200)
+
+
+async def test_an_address_that_hangs_holds_up_neither_the_next_nor_another_caller(silent_address):
+    async with open_libp2p_networks(2) as (a, b), open_unknown() as stranger:
+        b.set_handler(ECHO, echo)
+        a.learn(PeerAddress(b.peer, (silent_address, *b.addresses)))
+        with trio.fail_after(5):
+            await reach(a, b.peer)
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def hang() -> None:
+                with pytest.raises(PeerUnreachable):
+                    await stranger.open_stream(create_identity().peer, ECHO, hints=[silent_address])
+                await stranger.open_stream(b.peer, ECHO, hints=[silent_address])
+
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.fail_after(5):
+                await reach(stranger, b.peer, hints=(silent_address, *b.addresses))
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_port_in_use_is_said_so():

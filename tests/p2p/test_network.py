@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
@@ -16,24 +16,27 @@ from p2p.network import Network, PeerAddress, Stream
 
 ECHO = "/petald/test-echo/1"
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
-OpenNetworks = Callable[[int], AsyncExitStack]
 
 
 @asynccontextmanager
-async def open_libp2p_networks(count: int) -> AsyncIterator[list[Network]]:
+async def open_libp2p_networks(
+    count: int, *, are_acquainted: bool = True
+) -> AsyncIterator[list[Network]]:
     async with AsyncExitStack() as stack:
         networks: list[Network] = [
             await stack.enter_async_context(open_libp2p_network(create_identity(), listen=LOOPBACK))
             for _ in range(count)
         ]
-        for network in networks:
+        for network in networks if are_acquainted else ():
             for other in networks:
                 network.learn(PeerAddress(other.peer, other.addresses))
         yield networks
 
 
 @asynccontextmanager
-async def open_memory_networks(count: int) -> AsyncIterator[list[Network]]:
+async def open_memory_networks(
+    count: int, *, are_acquainted: bool = True
+) -> AsyncIterator[list[Network]]:
     async with open_memory_hub() as hub:
         yield [hub.make_network() for _ in range(count)]
 
@@ -260,6 +263,38 @@ async def test_simultaneous_open(open_networks):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(talk, a, b)
             nursery.start_soon(talk, b, a)
+
+
+DEAD = "/ip4/127.0.0.1/tcp/9"
+
+
+async def test_what_others_say_of_a_peer_does_not_keep_it_from_being_reached(open_networks):
+    async with open_networks(2) as (a, b):
+        b.set_handler(ECHO, echo)
+        for hints in ((DEAD,), ("nonsense", ""), (f"/ip4/10.255.0.1/tcp/1/p2p/{a.peer}",) * 100):
+            stream = await a.open_stream(b.peer, ECHO, hints=hints)
+            await stream.send_all(b"hello")
+            assert await receive_exactly(stream, 5) == b"hello"
+
+
+async def test_a_peer_is_reached_where_it_last_said_to_listen(open_networks):
+    async with open_networks(2, are_acquainted=False) as (a, b):
+        b.set_handler(ECHO, echo)
+        a.learn(PeerAddress(b.peer, (DEAD,)))
+        a.learn(PeerAddress(b.peer, ()))
+        a.learn(PeerAddress(b.peer, b.addresses))
+        stream = await a.open_stream(b.peer, ECHO)
+        await stream.send_all(b"hello")
+        assert await receive_exactly(stream, 5) == b"hello"
+
+
+async def test_a_peer_is_reached_at_its_second_address(open_networks):
+    async with open_networks(2, are_acquainted=False) as (a, b):
+        b.set_handler(ECHO, echo)
+        a.learn(PeerAddress(b.peer, (DEAD, *b.addresses)))
+        stream = await a.open_stream(b.peer, ECHO)
+        await stream.send_all(b"hello")
+        assert await receive_exactly(stream, 5) == b"hello"
 
 
 async def test_stream_to_oneself(open_networks):
