@@ -42,6 +42,7 @@ from p2p.errors import (
     AddressInUse,
     P2PError,
     PeerUnreachable,
+    RemoteProtocolError,
     StreamBroken,
 )
 from p2p.identity import Identity, verify
@@ -64,6 +65,8 @@ MAX_STREAMS_PER_PEER = 512
 MAX_STREAMS = 8192
 PING_PROTOCOL = "/petald/ping/1"
 PING_BYTES = 8
+PINGS = 2
+"""One after the other; the first may wait for what is still being set up."""
 
 # The muxer's class is a global of upstream's; see `p2p.libp2p_muxer` for why it is replaced.
 libp2p.stream_muxer.muxer_multistream.Yamux = Muxer  # type: ignore[attr-defined, assignment]
@@ -237,22 +240,12 @@ class Libp2pNetwork:
             return 0.0
         stream = await self.open_stream(peer, PING_PROTOCOL)
         try:
-            times_s = []
-            for _ in range(2):
-                started_at = time.perf_counter()
-                await stream.send_all(os.urandom(PING_BYTES))
-                received = 0
-                while received < PING_BYTES:
-                    data = await stream.receive_some()
-                    if not data:
-                        raise StreamBroken(f"{peer} ended a ping")
-                    received += len(data)
-                times_s.append(time.perf_counter() - started_at)
+            seconds = min([await _time_echo_s(stream) for _ in range(PINGS)])
         finally:
             with trio.CancelScope(shield=True):
                 await stream.abort()
-        self._round_trips.add(peer, min(times_s))
-        return min(times_s)
+        self._round_trips.add(peer, seconds)
+        return seconds
 
     def round_trip_s(self, peer: str) -> float | None:
         """The round trip to a peer, as last measured; 0 to the own one."""
@@ -461,6 +454,23 @@ def _own_addresses(version: str) -> list[str]:
             return [str(probe.getsockname()[0])]
         except OSError:
             return ["::1" if version == "ip6" else "127.0.0.1"]
+
+
+async def _time_echo_s(stream: StreamProtocol) -> float:
+    """Times the echo of random bytes: who sends them before they were asked cannot know them."""
+    nonce = os.urandom(PING_BYTES)
+    answer = b""
+    started_at = time.perf_counter()
+    await stream.send_all(nonce)
+    while len(answer) < PING_BYTES:
+        data = await stream.receive_some()
+        if not data:
+            raise StreamBroken(f"{stream.remote_peer} ended a ping")
+        answer += data
+    seconds = time.perf_counter() - started_at
+    if answer != nonce:
+        raise RemoteProtocolError(f"{stream.remote_peer} answered a ping with other bytes")
+    return seconds
 
 
 async def _serve_ping(stream: StreamProtocol) -> None:

@@ -124,6 +124,7 @@ class Network(Protocol):
 
         Raises:
             PeerUnreachable, StreamBroken: it does not answer.
+            RemoteProtocolError: it answers something else than what was asked; nothing is recorded.
         """
 
     def round_trip_s(self, peer: str) -> float | None:

@@ -16,10 +16,10 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import create_signed_peer_record
 from multiaddr import Multiaddr
 
-from p2p.errors import AddressInUse, PeerUnreachable, StreamBroken
+from p2p.errors import AddressInUse, PeerUnreachable, RemoteProtocolError, StreamBroken
 from p2p.identity import create_identity
 from p2p.libp2p_dialler import Peers
-from p2p.libp2p_network import Libp2pNetwork, open_libp2p_network
+from p2p.libp2p_network import PING_PROTOCOL, Libp2pNetwork, open_libp2p_network
 from p2p.network import Network, PeerAddress, Stream
 from tests.p2p.test_network import (
     DEAD,
@@ -286,6 +286,23 @@ async def test_an_address_that_hangs_holds_up_neither_the_next_nor_another_calle
             with trio.fail_after(5):
                 await reach(stranger, b.peer, hints=(silent_address, *b.addresses))
             nursery.cancel_scope.cancel()
+
+
+async def test_a_ping_with_another_answer_is_no_measurement():
+    async def answer_early(stream: Stream) -> None:
+        await stream.send_all(bytes(8))
+        await trio.sleep_forever()
+
+    async def answer_wrong(stream: Stream) -> None:
+        while data := await stream.receive_some():
+            await stream.send_all(data[::-1])
+
+    async with open_libp2p_networks(2) as (a, b):
+        for handler in (answer_early, answer_wrong):
+            b.set_handler(PING_PROTOCOL, handler)
+            with trio.fail_after(5), pytest.raises(RemoteProtocolError):
+                await a.ping(b.peer)
+            assert a.round_trip_s(b.peer) is None
 
 
 async def test_a_port_in_use_is_said_so():
