@@ -1,9 +1,10 @@
 """Attacks the cutting of a stream into frames.
 
 Invariant: however a stream of bytes is cut, `FrameParser` gives the bodies that a plain reading
-of the whole gives, raises nothing but `MessageTooLarge`, and holds no more than one frame.
+of the whole gives, raises nothing but `MessageTooLarge`, and holds no more than one frame; a limit
+that is raised after the first body counts from the next one on.
 
-The first byte says how the rest is cut.
+The first byte says how the rest is cut, and whether the first body has a limit of its own.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ from p2p.errors import MessageTooLarge
 from p2p.wire.frame import HEADER_BYTES, FrameParser
 
 MAX_FRAME_BYTES = 64
+FIRST_FRAME_BYTES = 8
+HAS_FIRST_LIMIT = 0x10
 
 
 def check(data: bytes) -> None:
     stride = data[0] % 16 + 1 if data else 1
     stream = data[1:]
-    expected, is_refused = read_plainly(stream)
-    parser = FrameParser(max_frame_bytes=MAX_FRAME_BYTES)
+    first_limit = FIRST_FRAME_BYTES if data and data[0] & HAS_FIRST_LIMIT else MAX_FRAME_BYTES
+    expected, is_refused = read_plainly(stream, first_limit)
+    parser = FrameParser(max_frame_bytes=first_limit)
     found: list[bytes] = []
     try:
         for start in range(0, len(stream), stride):
-            found.extend(parser.feed(stream[start : start + stride]))
+            for body in parser.feed(stream[start : start + stride]):
+                found.append(body)
+                parser.max_frame_bytes = MAX_FRAME_BYTES
             assert len(parser._buffer) <= MAX_FRAME_BYTES + HEADER_BYTES + stride
     except MessageTooLarge:
         assert is_refused
@@ -39,12 +45,12 @@ def check(data: bytes) -> None:
     assert found == expected
 
 
-def read_plainly(stream: bytes) -> tuple[list[bytes], bool]:
+def read_plainly(stream: bytes, limit: int) -> tuple[list[bytes], bool]:
     """The bodies, and whether a header over the limit stopped the reading."""
-    bodies = []
+    bodies: list[bytes] = []
     while len(stream) >= HEADER_BYTES:
         size = int.from_bytes(stream[:HEADER_BYTES], "big")
-        if size > MAX_FRAME_BYTES:
+        if size > (MAX_FRAME_BYTES if bodies else limit):
             return bodies, True
         if len(stream) < HEADER_BYTES + size:
             break

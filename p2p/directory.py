@@ -17,7 +17,7 @@ import trio
 from p2p.directory_store import DirectoryStore
 from p2p.errors import P2PError, RecordRejected, RemoteProtocolError
 from p2p.network import Network, Stream
-from p2p.rpc import MessageStream, call
+from p2p.rpc import FIRST_MESSAGE_BYTES, MessageStream, call, receive_first
 from p2p.wire.directory_messages import (
     DIRECTORY_PROTOCOL,
     MAX_RECORDS_PER_MESSAGE,
@@ -37,6 +37,7 @@ churn that Kademlia's paper reports, one is left in 255 of 256 cases."""
 CALL_DEADLINE_S = 5.0
 LOOKUP_DEADLINE_S = 6.0
 SERVE_DEADLINE_S = 20.0
+HELLO_DEADLINE_S = 10.0
 GRACE_S = 1.0
 """For the slower holders, once one has answered with records."""
 
@@ -205,13 +206,15 @@ class Directory:
 
     async def _serve(self, stream: Stream) -> None:
         with trio.move_on_after(SERVE_DEADLINE_S):
-            async with MessageStream(stream, max_frame_bytes=MAX_FRAME_BYTES) as messages:
-                request = await messages.receive()
+            async with MessageStream(
+                stream, max_frame_bytes=MAX_FRAME_BYTES, max_received_bytes=FIRST_MESSAGE_BYTES
+            ) as messages:
+                request = await receive_first(messages, HELLO_DEADLINE_S)
                 if isinstance(request, PutRecord):
                     await messages.send(self._take(request.record, messages.remote_peer))
                 elif isinstance(request, GetRecords):
                     await self._give(messages, request.key)
-                elif request is not None:
+                else:
                     raise RemoteProtocolError(f"{request.MESSAGE_NAME!r} is no directory request")
 
     def _take(self, record: SignedRecord, remote_peer: str) -> Ok | Refusal:

@@ -37,12 +37,13 @@ def format_header(body_bytes: int, *, max_frame_bytes: int = MAX_FRAME_BYTES) ->
 class FrameParser:
     """Cuts a stream of bytes into frame bodies.
 
-    Args:
-        max_frame_bytes: a longer frame is refused as soon as its header is seen.
+    Attributes:
+        max_frame_bytes: a longer frame is refused as soon as its header is seen. It may be changed
+            at any time, also between two bodies of one piece, and counts from the next header on.
     """
 
     def __init__(self, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        self._max_frame_bytes = max_frame_bytes
+        self.max_frame_bytes = max_frame_bytes
         self._buffer = bytearray()
         self._body_bytes: int | None = None
 
@@ -53,6 +54,8 @@ class FrameParser:
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[bytes]:
         """Takes what arrived and gives every body that is now whole, in order.
+
+        Nothing is taken before the first body is asked for, nor the next piece before the last one.
 
         Raises:
             MessageTooLarge: a header announces more than the limit. The stream cannot be used on.
@@ -65,10 +68,10 @@ class FrameParser:
                     if len(self._buffer) - position < HEADER_BYTES:
                         return
                     (body_bytes,) = _HEADER.unpack_from(self._buffer, position)
-                    if body_bytes > self._max_frame_bytes:
+                    if body_bytes > self.max_frame_bytes:
                         raise MessageTooLarge(
                             f"a frame of {body_bytes} bytes was announced; "
-                            f"at most {self._max_frame_bytes} are taken"
+                            f"at most {self.max_frame_bytes} are taken"
                         )
                     self._body_bytes = body_bytes
                     position += HEADER_BYTES

@@ -8,13 +8,13 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from p2p.directory import CLOCK_SKEW_S, LOOKUP_DEADLINE_S, Directory
-from p2p.errors import Refused
+from p2p.directory import CLOCK_SKEW_S, HELLO_DEADLINE_S, LOOKUP_DEADLINE_S, Directory
+from p2p.errors import Refused, StreamBroken
 from p2p.identity import create_identity
 from p2p.libp2p_network import open_libp2p_network
 from p2p.memory_network import MemoryHub, MemoryNetwork, open_memory_hub
 from p2p.network import Stream
-from p2p.rpc import MessageStream, call
+from p2p.rpc import FIRST_MESSAGE_BYTES, MessageStream, call
 from p2p.wire.directory_messages import DIRECTORY_PROTOCOL, PutRecord, Records, SignedRecord
 from p2p.wire.replies import Ok
 from tests.p2p.test_network import LOOPBACK
@@ -170,6 +170,20 @@ async def test_a_holder_that_repeats_the_past_is_seen_through(autojump_clock):
         _, reader = add_directory(hub)
         await trio.sleep(31 + CLOCK_SKEW_S)
         assert await reader.lookup(KEY) == ()
+
+
+async def test_a_stranger_that_says_nothing_or_too_much_holds_nothing(autojump_clock, caplog):
+    async with open_memory_hub() as hub:
+        holder, _ = add_directory(hub)
+        stranger = hub.make_network()
+        silent = await stranger.open_stream(holder.peer, DIRECTORY_PROTOCOL)
+        large = await stranger.open_stream(holder.peer, DIRECTORY_PROTOCOL)
+        await large.send_all((FIRST_MESSAGE_BYTES + 1).to_bytes(4, "big"))
+        for stream in (large, silent):
+            with trio.fail_after(HELLO_DEADLINE_S + 1), pytest.raises(StreamBroken):
+                await stream.receive_some()
+        assert holder.failed_handlers == 2
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def hang(stream: Stream) -> None:

@@ -65,3 +65,15 @@ def test_own_frames_have_the_same_limit():
     assert format_header(10, max_frame_bytes=10) == bytes((0, 0, 0, 10))
     with pytest.raises(LocalProtocolError):
         format_header(11, max_frame_bytes=10)
+
+
+def test_a_limit_that_is_changed_counts_from_the_next_header_on():
+    parser = FrameParser(max_frame_bytes=2)
+    bodies = parser.feed(frame(b"ab") + frame(b"abcd") + frame(b"abc")[:4])
+    assert next(bodies) == b"ab"
+    parser.max_frame_bytes = 4
+    assert list(bodies) == [b"abcd"]
+    parser.max_frame_bytes = 1
+    assert list(parser.feed(b"abc")) == [b"abc"]
+    with pytest.raises(MessageTooLarge):
+        list(parser.feed(frame(b"ab")))

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from p2p.errors import (
+    DeadlineExceeded,
     LocalProtocolError,
     MessageTooLarge,
     Overloaded,
@@ -20,11 +22,16 @@ from p2p.errors import (
 from p2p.memory_network import open_memory_hub
 from p2p.network import Stream
 from p2p.pipe import make_pipe
-from p2p.rpc import MessageStream, call
+from p2p.rpc import FIRST_MESSAGE_BYTES, MessageStream, call, receive_first
 from p2p.wire.message import Bound, Message, encode_message, message
 from p2p.wire.replies import Ok, Refusal
 
 PROTOCOL = "/petald/test-rpc/1"
+
+
+@pytest.fixture
+def autojump_clock():
+    return MockClock(autojump_threshold=0)
 
 
 @message("test_rpc_blob")
@@ -81,6 +88,38 @@ async def test_a_message_over_the_limit_is_not_sent():
             await messages.send(Blob(number=1, data=bytes(1000)))
         await messages.send(Blob(number=2))
     assert await MessageStream(theirs).receive() == Blob(number=2)
+
+
+async def test_the_limit_of_what_is_taken_is_raised_after_the_first_message():
+    ours, theirs = make_pipe("a", "b")
+    large = Blob(number=2, data=bytes(1000))
+    await ours.send_all(encode_message(Blob(number=1)) + encode_message(large) * 2)
+    messages = MessageStream(theirs, max_received_bytes=100)
+    assert await receive_first(messages, 1.0) == Blob(number=1)
+    messages.limit_received(2000)
+    assert await messages.receive() == large
+    messages.limit_received(100)
+    with pytest.raises(MessageTooLarge):
+        await messages.receive()
+    await messages.send(large)
+
+
+async def test_a_large_first_message_is_refused_before_its_body_comes():
+    ours, theirs = make_pipe("a", "b")
+    await ours.send_all((FIRST_MESSAGE_BYTES + 1).to_bytes(4, "big"))
+    messages = MessageStream(theirs, max_received_bytes=FIRST_MESSAGE_BYTES)
+    with pytest.raises(MessageTooLarge):
+        await receive_first(messages, 1.0)
+
+
+async def test_a_peer_that_says_nothing_is_given_up(autojump_clock):
+    ours, theirs = make_pipe("a", "b")
+    with pytest.raises(DeadlineExceeded, match="a said nothing within 10 s"):
+        await receive_first(MessageStream(theirs), 10.0)
+    assert trio.current_time() == pytest.approx(10.0)
+    await ours.aclose()
+    with pytest.raises(RemoteProtocolError, match="before its first message"):
+        await receive_first(MessageStream(theirs), 10.0)
 
 
 async def test_messages_of_many_senders_are_not_mixed():
