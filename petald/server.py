@@ -11,17 +11,19 @@ import trio
 
 from kernels.codecs import CODEC_NAMES
 from kernels.errors import CacheFull
-from p2p.errors import P2PError, RemoteProtocolError
+from p2p.errors import P2PError
 from p2p.network import Network, Stream
-from p2p.rpc import MessageStream
-from p2p.wire.message import Message, expect
+from p2p.rpc import FIRST_MESSAGE_BYTES, MessageStream, receive_first
+from p2p.wire.message import expect
 from p2p.wire.replies import Refusal
 from p2p.wire.session_messages import (
+    MAX_CACHE_ROWS_BYTES,
     PUSH_PROTOCOL,
     SESSION_PROTOCOL,
     AttachCache,
     AttachPush,
     OpenSession,
+    max_step_bytes,
 )
 from petald.config import ServeConfig
 from petald.errors import PetaldError, leaves
@@ -76,6 +78,9 @@ class Server:
         self._sessions: dict[bytes, ServedSession] = {}
         self._opening: dict[bytes, str] = {}
         self._is_draining = False
+        self._max_step_bytes = max_step_bytes(
+            config.max_step_tokens, hosted.span.config.hidden_size
+        )
 
     def start(self) -> None:
         """Takes streams from now on."""
@@ -119,9 +124,10 @@ class Server:
 
     async def serve_session(self, stream: Stream) -> None:
         """Serves one session, from its client's stream."""
-        async with MessageStream(stream) as client:
+        async with MessageStream(stream, max_received_bytes=FIRST_MESSAGE_BYTES) as client:
             try:
                 session = await self._open(client)
+                client.limit_received(self._max_step_bytes)
             except _RefusedSession as refused:
                 await client.send(refused.refusal)
                 log.info("session refused", peer=client.remote_peer, code=refused.refusal.code)
@@ -139,26 +145,26 @@ class Server:
 
     async def serve_push(self, stream: Stream) -> None:
         """Takes the steps that the hop before pushes, or the cache that one hands over."""
-        async with MessageStream(stream) as messages:
-            with trio.fail_after(HELLO_DEADLINE_S):
-                first = await _receive(messages)
+        async with MessageStream(stream, max_received_bytes=FIRST_MESSAGE_BYTES) as messages:
+            first = await receive_first(messages, HELLO_DEADLINE_S)
             attach = first if isinstance(first, AttachCache) else expect(first, AttachPush)
             session = self._sessions.get(attach.session)
             peer = messages.remote_peer
             if session is not None and isinstance(attach, AttachCache):
                 if session.request.cache_from == peer:
+                    messages.limit_received(MAX_CACHE_ROWS_BYTES)
                     if await session.receive_cache(attach, messages):
                         self.caches_received += 1
                     return
             elif session is not None and session.previous == peer:
+                messages.limit_received(self._max_step_bytes)
                 await session.take_pushes(messages)
                 return
             text = "no session here expects this of you"
             await messages.send(Refusal(code="unknown_session", text=text))
 
     async def _open(self, client: MessageStream) -> ServedSession:
-        with trio.fail_after(HELLO_DEADLINE_S):
-            request = expect(await _receive(client), OpenSession)
+        request = expect(await receive_first(client, HELLO_DEADLINE_S), OpenSession)
         peer = client.remote_peer
         self._admit(request, peer)
         self._opening[request.session] = peer
@@ -215,10 +221,3 @@ class Server:
         if own >= max(1, most - most // FAIR_SHARE):
             text = f"{own} of the {most} sessions are yours; the rest is for others"
             raise _RefusedSession("overloaded", text, RETRY_AFTER_S)
-
-
-async def _receive(messages: MessageStream) -> Message:
-    received = await messages.receive()
-    if received is None:
-        raise RemoteProtocolError("the stream ended before its first message")
-    return received

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
+from p2p.wire.frame import MAX_FRAME_BYTES
 from p2p.wire.message import (
     Addresses,
     BlockNumber,
@@ -50,6 +51,17 @@ previous hop, may push to it."""
 
 Microseconds = Annotated[int, Bound(0, 2**40)]
 MAX_HOPS = 128
+
+SLACK_BYTES = 64 * 1024
+"""For all of a message but its tensors: the times of `MAX_HOPS` hops, addresses, a sentence."""
+
+MAX_CACHE_ROWS_BYTES = 2 * (1 << 20) + SLACK_BYTES
+"""The largest `CacheRows`: keys and values of at most 1 MiB each."""
+
+
+def max_step_bytes(max_step_tokens: int, hidden_size: int) -> int:
+    """The largest message of a session's client, or of the hop before: float32 is the most."""
+    return min(max_step_tokens * 4 * hidden_size + SLACK_BYTES, MAX_FRAME_BYTES)
 
 
 class Wanted(StrEnum):
