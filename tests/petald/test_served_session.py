@@ -580,8 +580,8 @@ async def test_a_link_that_is_cut_as_its_greeting_goes_out_gives_way(
         next_hop = await world.open(following, previous=world.host.peer)
         open_stream = world.host.network.open_stream
 
-        async def open_slow(peer: str, protocol: str) -> Any:
-            stream: Any = await open_stream(peer, protocol)
+        async def open_slow(peer: str, protocol: str, **options: Any) -> Any:
+            stream: Any = await open_stream(peer, protocol, **options)
             send_all = stream.send_all
 
             async def send_slowly(data: bytes) -> None:
@@ -649,7 +649,8 @@ class TimedExecutor:
 
 async def test_the_announced_step_time_follows_the_decode_steps() -> None:
     executor, arena = TimedExecutor(), FakeArena(CACHE_TOKENS)
-    stub: Any = SimpleNamespace(start=4, end=8, dtype=torch.float32)
+    model = SimpleNamespace(hidden_size=4)
+    stub: Any = SimpleNamespace(start=4, end=8, dtype=torch.float32, config=model)
     hosted = HostedSpan(stub, arena, executor)  # type: ignore[arg-type]
     async with open_memory_hub() as hub:
         network = hub.make_network("server")
