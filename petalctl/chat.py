@@ -13,8 +13,7 @@ from petalctl.errors import CommandError, JobError
 from petalctl.generate_command import (
     describe_speed,
     is_cancelled,
-    show_progress,
-    show_waiting,
+    progress_teller,
 )
 from petalctl.generate_options import generate_options
 from petalctl.interrupts import on_first_interrupt
@@ -56,7 +55,7 @@ def _answer(
 ) -> bool:
     """Lets the model answer; tells whether it did, as far as the user let it."""
     writer = AnswerWriter(sys.stdout)
-    on_progress = show_progress if show_chain else show_waiting
+    on_progress = progress_teller(writer, show_chain=show_chain)
     try:
         with (
             client.generate(on_progress=on_progress, **options) as generation,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from p2p.wire.control_messages import ChainHop, ChainMove, GenerateDone, Progress, Timings
@@ -34,15 +35,18 @@ def run_generate(args: argparse.Namespace) -> int:
             )
     else:
         options["turns"] = conversation(args.system, prompt)
+    writer = AnswerWriter(sys.stdout)
     with (
         Client(args.socket) as client,
         client.generate(
             prompt if args.is_raw else None,
-            on_progress=show_progress if args.show_chain else show_waiting,
+            on_progress=progress_teller(writer, show_chain=args.show_chain),
             **options,
         ) as generation,
     ):
-        return _print_json(generation) if args.json else _stream(generation, args.show_chain)
+        if args.json:
+            return _print_json(generation)
+        return _stream(generation, writer, args.show_chain)
 
 
 def conversation(system: str | None, prompt: str) -> list[dict[str, str]]:
@@ -64,8 +68,7 @@ def _read_prompt(given: str) -> str:
     return prompt
 
 
-def _stream(generation: Generation, show_chain: bool) -> int:
-    writer = AnswerWriter(sys.stdout)
+def _stream(generation: Generation, writer: AnswerWriter, show_chain: bool) -> int:
     with on_first_interrupt(generation.stop) as interrupt:
         try:
             for piece in generation:
@@ -144,8 +147,23 @@ def _plain_timings(timings: Timings) -> dict[str, Any]:
     }
 
 
-def show_progress(progress: Progress) -> None:
-    """Tells on standard error what happens to a job."""
+def progress_teller(writer: AnswerWriter, *, show_chain: bool) -> Callable[[Progress], None]:
+    """Tells on standard error what happens to a job while its answer is written.
+
+    Args:
+        writer: of the answer, which may be in the middle of a line.
+        show_chain: tell of everything, and not only of why nothing comes.
+    """
+
+    def tell_progress(progress: Progress) -> None:
+        if show_chain or progress.event == "waiting":
+            writer.make_way()
+            _show_progress(progress)
+
+    return tell_progress
+
+
+def _show_progress(progress: Progress) -> None:
     if progress.event == "chain" and progress.chain:
         tell(f"chain: {describe_chain(progress.chain)}")
     elif progress.event == "prefill" and progress.total:
@@ -170,12 +188,6 @@ def describe_move(move: ChainMove) -> str:
     if move.silent_s:
         text += f" after {move.silent_s * 1e3:.0f} ms of silence"
     return f"{text} ({move.reason.replace('_', ' ')})"
-
-
-def show_waiting(progress: Progress) -> None:
-    """Tells on standard error why nothing comes."""
-    if progress.event == "waiting":
-        show_progress(progress)
 
 
 def describe_speed(done: GenerateDone) -> str:

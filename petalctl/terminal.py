@@ -58,6 +58,11 @@ class AnswerWriter:
             self._stream.flush()
             self._is_at_line_start = text.endswith("\n")
 
+    def make_way(self) -> None:
+        """Lets a line on standard error stand by itself, where both go to a terminal."""
+        if self._is_terminal and sys.stderr.isatty():
+            self.end_line()
+
     def end_line(self) -> None:
         """Sees to it that what comes next stands on a line of its own."""
         if not self._is_at_line_start:

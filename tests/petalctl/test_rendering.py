@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,21 @@ def test_answer_on_a_terminal_cannot_steer_it() -> None:
         writer.end_line()
     assert terminal.getvalue() == "a␛]0;title␇␍\ufffd31m␡\tb\nc\n"
     assert pipe.getvalue() == hostile + "\n"
+
+
+def test_a_message_in_the_midst_of_an_answer_gets_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stderr", Terminal())
+    terminal, pipe = Terminal(), io.StringIO()
+    for stream in (terminal, pipe):
+        writer = AnswerWriter(stream)
+        writer.make_way()
+        writer.write("a b")
+        writer.make_way()
+        writer.write(" c")
+    assert terminal.getvalue() == "a b\n c"
+    assert pipe.getvalue() == "a b c"
 
 
 @given(st.text())
