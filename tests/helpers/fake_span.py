@@ -1,7 +1,7 @@
 """A hosted span that computes with integers, in modelled time: for swarms under a virtual clock.
 
 Each row carries one number of 60 bits in four floats. A block's output depends on the digest of all
-its inputs so far, as in `tests.helpers.session_world`, so that a lost or misplaced row shows for
+its inputs so far, as in `tests.helpers.session_rows`, so that a lost or misplaced row shows for
 good. Steps wait for each other as on one device.
 """
 
@@ -15,7 +15,7 @@ import trio
 
 from kernels.errors import CacheFull
 from petald.executor import Timed
-from tests.helpers.session_world import mix
+from tests.helpers.session_rows import mix
 
 HIDDEN = 4
 PART_BITS = 15

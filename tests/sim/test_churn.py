@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
-from tests.helpers.session_world import ListHistory, SimClient, World, expected_tokens
+from tests.helpers.session_client import SimClient
+from tests.helpers.session_rows import ListHistory, expected_tokens
+from tests.helpers.session_world import World
 
 BLOCKS = 80
 SERVERS = 1000

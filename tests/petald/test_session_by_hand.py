@@ -1,0 +1,107 @@
+"""Single cases of the session's state machine, event by event."""
+
+from __future__ import annotations
+
+import pytest
+
+from petald import session_actions as do
+from tests.helpers.session_by_hand import SessionByHand, hop_at
+
+A, B = hop_at("A", 0, 4), hop_at("B", 4, 8)
+C, D, E = hop_at("C", 0, 3), hop_at("D", 3, 6), hop_at("E", 6, 8)
+
+
+def test_a_session_that_fell_idle_rests_until_it_is_used() -> None:
+    hand = SessionByHand()
+    hops = hand.open(C, D, E)
+    hand.fill(hops, 200)
+    for hop in hops:
+        hand.feed("on_step_failed", hop, 0, "session_idle", "it was idle for too long", None)
+        assert not hand.found(do.NeedChain)
+        assert not hand.found(do.Penalise)
+    assert hand.session.next_deadline() == float("inf")
+    hand.pass_time(3600.0)
+    assert not hand.last
+    hand.submit(200, 1)
+    questions = hand.found(do.NeedChain)
+    assert [(each.start, each.end) for each in questions] == [(0, 3), (3, 6), (6, 8)]
+    hand.feed("on_chain", questions[0].question, (C,))
+    opened = hand.asked()
+    hand.feed("on_chain", questions[1].question, (D,))
+    opened += hand.asked()
+    hand.feed("on_chain", questions[2].question, (E,))
+    opened += hand.asked()
+    sent: list[do.SendStep] = []
+    for hop in opened:
+        sent += _steps(hand.link_all(hand.feed("on_opened", hop, 128)))
+    # Each is replayed what crossed the border before it.
+    assert sorted((step.hop, step.position) for step in sent) == [
+        (hop, position) for hop in opened for position in (0, 128)
+    ]
+    for step in sent:
+        hand.feed("on_result", step.hop, step.number, None, ())
+    assert hand.session.is_running
+    assert [step.position for step in hand.found(do.SendStep)] == [200]
+    hand.answer(opened, hand.found(do.SendStep)[0])
+    assert len(hand.found(do.StepDone)) == 1
+
+
+def _steps(actions: list[do.Action]) -> list[do.SendStep]:
+    return [action for action in actions if isinstance(action, do.SendStep)]
+
+
+def test_a_leaver_that_a_better_chain_was_to_replace_is_replaced_when_that_fails() -> None:
+    hand = SessionByHand()
+    hops = hand.open(A, B)
+    hand.fill(hops, 300)
+    hand.feed("propose", [hop_at("N", 0, 8)])
+    (better,) = hand.asked()
+    hand.feed("on_leaving", hops[1])
+    assert not hand.found(do.NeedChain)
+    hand.feed("on_hop_failed", better, "overloaded", "full")
+    (question,) = hand.found(do.NeedChain)
+    assert (question.start, question.end) == (4, 8)
+    assert "B" in question.excluded
+
+
+def test_two_losses_of_one_link_that_worked_in_between_blame_nobody() -> None:
+    hand = SessionByHand()
+    hops = hand.open(A, B)
+    hand.fill(hops, 10)
+    for position in range(10, 500):
+        hand.submit(position, 1)
+        (step,) = hand.found(do.SendStep)
+        if position in (10, 499):
+            hand.feed("on_step_failed", hops[0], step.number, "next_hop_lost", "it broke", "B")
+            assert not hand.found(do.Penalise)
+            (step,) = _steps(hand.link_all(hand.last))
+        hand.answer(hops, step)
+        hand.now += 1.0
+    assert hand.session.counts.relinks == 2
+    # Without a step in between, it is held against the next hop.
+    hand.submit(500, 1)
+    (step,) = hand.found(do.SendStep)
+    hand.feed("on_step_failed", hops[0], step.number, "next_hop_lost", "it broke", "B")
+    (step,) = _steps(hand.link_all(hand.last))
+    hand.feed("on_step_failed", hops[0], step.number, "next_hop_lost", "it broke", "B")
+    assert [each.peer for each in hand.found(do.Penalise)] == ["B"]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_server_that_takes_single_tokens_only_is_not_used(is_first: bool) -> None:
+    hand = SessionByHand()
+    hand.feed("start")
+    if is_first:
+        asked = hand.choose(A, B, opens=False)
+        hand.feed("on_opened", asked[0], 128)
+        hand.feed("on_opened", asked[1], 1)
+    else:
+        hops = hand.choose(A, B)
+        hand.fill(hops, 10)
+        hand.feed("on_hop_failed", hops[1], "stream_broken", "it is gone")
+        (asked_b,) = hand.choose(hop_at("F", 4, 8), opens=False)
+        hand.feed("on_opened", asked_b, 1)
+    assert not hand.session.is_running
+    (question,) = hand.found(do.NeedChain)
+    assert ("B" if is_first else "F") in question.excluded
+    assert not hand.found(do.Penalise)
