@@ -151,7 +151,7 @@ class Flow:
     def rewind(self, position: int) -> list[int]:
         """Takes back all rows from a position on; gives the tickets of steps that are lost.
 
-        A replayed piece that reaches beyond the position is to be sent again, as far as it counts.
+        A step that reaches beyond the position is to be sent again, as far as it counts.
         """
         for history in self.histories.values():
             history.truncate(min(history.rows, position))
@@ -165,7 +165,9 @@ class Flow:
             if sent.end > position:
                 self._drop(number)
                 self._count_done(sent)
-                if sent.build is not None:
+                if sent.build is None:
+                    self._redo_at = min(self._redo_at, sent.position)
+                else:
                     sent.build.sent = min(sent.build.sent, sent.position)
                     sent.build.done = min(sent.build.done, sent.position)
         return late
@@ -208,25 +210,25 @@ class Flow:
                 hop.owed += 1
 
     def pump(self, chain: Sequence[HopRecord], max_step_tokens: int, now: float) -> list[SendStep]:
-        """What may be sent now: first what is to be done again, then what was submitted."""
-        if self._in_flight >= MAX_IN_FLIGHT:
-            return []
+        """What may be sent now, in order: what was submitted, and what is to be done again."""
         actions: list[SendStep] = []
-        history = self.histories[0]
-        first = next(iter(self._pending.values()), None)
-        redo_until = history.rows if first is None else min(first.position, history.rows)
-        while self._redo_at < redo_until and self._in_flight < MAX_IN_FLIGHT:
-            end = self.piece_end(self._redo_at, redo_until, max_step_tokens)
-            hidden = history.read(self._redo_at, end)
-            actions.append(self.send(chain, hidden, self._redo_at, now))
-            self._redo_at += hidden.shape[0]
-        if self._redo_at < redo_until:
-            return actions
         for ticket, pending in self._pending.items():
-            if self._in_flight >= MAX_IN_FLIGHT:
-                break
+            actions += self._redo(pending.position, chain, max_step_tokens, now)
+            if self._in_flight >= MAX_IN_FLIGHT or self._redo_at < pending.position:
+                return actions
             if pending.number is None:
                 actions += self._send_pending(ticket, pending, chain, now)
+        return actions + self._redo(self.rows, chain, max_step_tokens, now)
+
+    def _redo(
+        self, until: int, chain: Sequence[HopRecord], max_step_tokens: int, now: float
+    ) -> list[SendStep]:
+        actions: list[SendStep] = []
+        while self._redo_at < until and self._in_flight < MAX_IN_FLIGHT:
+            end = self.piece_end(self._redo_at, until, max_step_tokens)
+            hidden = self.histories[0].read(self._redo_at, end)
+            actions.append(self.send(chain, hidden, self._redo_at, now))
+            self._redo_at += hidden.shape[0]
         return actions
 
     def _send_pending(

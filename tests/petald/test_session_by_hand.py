@@ -105,3 +105,45 @@ def test_a_server_that_takes_single_tokens_only_is_not_used(is_first: bool) -> N
     (question,) = hand.found(do.NeedChain)
     assert ("B" if is_first else "F") in question.excluded
     assert not hand.found(do.Penalise)
+
+
+def test_a_step_that_begins_within_one_under_way_has_the_rest_of_that_done_first() -> None:
+    hand = SessionByHand()
+    hops = hand.open(A, B)
+    hand.fill(hops, 100)
+    lost = hand.submit(100, 16)
+    (whole,) = hand.found(do.SendStep)
+    ticket = hand.submit(110, 3)
+    assert hand.found(do.StepLost) == [do.StepLost(lost)]
+    rest, step = hand.found(do.SendStep)
+    assert (rest.position, rest.hidden.shape[0], rest.wanted) == (100, 10, "none")
+    assert (step.position, step.hidden.shape[0]) == (110, 3)
+    hand.answer(hops, whole)  # it was on its way, and counts no more
+    hand.answer(hops, rest)
+    (done,) = [each for each in hand.answer(hops, step) if isinstance(each, do.StepDone)]
+    assert done.ticket == ticket
+    # All of it survives a failure.
+    hand.feed("on_hop_failed", hops[1], "stream_broken", "it is gone")
+    (new,) = hand.choose(hop_at("F", 4, 8))
+    assert [step.hidden.shape[0] for step in _steps(hand.last)] == [113]
+    hand.feed("on_result", new, _steps(hand.last)[0].number, None, ())
+    assert hand.session.is_running
+    assert not hand.found(do.SendStep)
+
+
+def test_what_remains_of_a_taken_back_step_is_sent_before_the_next_after_a_failure() -> None:
+    hand = SessionByHand()
+    hops = hand.open(A, B)
+    hand.fill(hops, 100)
+    for position in (100, 116):
+        hand.submit(position, 16)
+    hand.submit(120, 3)
+    hand.feed("on_hop_failed", hops[0], "stream_broken", "it is gone")
+    (new,) = hand.choose(hop_at("F", 0, 4))
+    (replayed,) = _steps(hand.last)
+    hand.feed("on_result", new, replayed.number, None, ())
+    assert [(step.position, step.hidden.shape[0]) for step in hand.found(do.SendStep)] == [
+        (100, 16),
+        (116, 4),
+        (120, 3),
+    ]
