@@ -61,6 +61,14 @@ class _Awaited:
     number: int = 0
     is_witness: bool = False
 
+    @property
+    def probe(self) -> ProbeState | None:
+        """The hop's probe, unless it was answered and was about something else."""
+        probe = self.hop.probe
+        if probe is None or probe.request is not None or self.number in (0, probe.number):
+            return probe
+        return None
+
 
 class Watch:
     """Watches over the hops of one session.
@@ -82,7 +90,7 @@ class Watch:
     def next_deadline(self) -> float:
         """When `on_timer` is wanted."""
         due = [
-            one.since + one.allowance_s if one.hop.probe is None else one.hop.probe.due_at
+            one.since + one.allowance_s if one.probe is None else one.probe.due_at
             for one in self._awaited().values()
         ]
         return min(due, default=float("inf"))
@@ -97,9 +105,10 @@ class Watch:
         silences: list[Silence] = []
         for one in awaited.values():
             hop = one.hop
-            if hop.probe is None and now >= one.since + one.allowance_s:
-                hop.probe = ProbeState(None, now, one.since, one.allowance_s, one.number)
-            probe = hop.probe
+            probe = one.probe
+            if probe is None and now >= one.since + one.allowance_s:
+                probe = ProbeState(None, now, one.since, one.allowance_s, one.number)
+                hop.probe = probe
             if probe is None or now < probe.due_at:
                 continue
             silent_s = now - probe.since

@@ -6,6 +6,7 @@ import pytest
 
 from petald import session_actions as do
 from tests.helpers.session_by_hand import SessionByHand, hop_at
+from tests.helpers.session_rows import SimRows
 
 A, B = hop_at("A", 0, 4), hop_at("B", 4, 8)
 C, D, E = hop_at("C", 0, 3), hop_at("D", 3, 6), hop_at("E", 6, 8)
@@ -147,3 +148,35 @@ def test_what_remains_of_a_taken_back_step_is_sent_before_the_next_after_a_failu
         (116, 4),
         (120, 3),
     ]
+
+
+def test_a_step_that_was_lost_after_a_slow_hop_is_missed_at_the_next() -> None:
+    hand = SessionByHand()
+    hops = hand.open(A, B)
+    for position in range(10):
+        hand.submit(position, 1)
+        (step,) = hand.found(do.SendStep)
+        hand.now += 0.01
+        hand.answer(hops, step)
+    hand.submit(10, 1)
+    (step,) = hand.found(do.SendStep)
+    # The first hop is slow; the second one, which might be why, is asked too.
+    hand.now = hand.session.next_deadline()
+    hand.feed("on_timer")
+    probes = hand.found(do.SendProbe)
+    assert [each.hop for each in probes] == hops
+    for probe in probes:
+        hand.feed("on_probe_reply", probe.hop, probe.request, 11 if probe.hop == hops[0] else 10)
+    # Then it is done there, but what it pushed is lost.
+    hand.feed("on_output", hops[0], step.number, SimRows((1,)))
+    began_at = hand.now
+    while not hand.found(do.SendLinkNext):
+        assert hand.session.next_deadline() < began_at + 10.0
+        hand.now = hand.session.next_deadline()
+        hand.feed("on_timer")
+        for probe in hand.found(do.SendProbe):
+            assert probe.hop == hops[1]
+            hand.feed("on_probe_reply", probe.hop, probe.request, 10)
+    assert not [each for each in hand.all if isinstance(each, do.Penalise)]
+    (again,) = _steps(hand.link_all(hand.last))
+    assert again.position == 10
