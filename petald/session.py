@@ -72,9 +72,10 @@ LONGEST_AVOID_S = 30.0
 MAX_ATTEMPTS = 8
 """Choices that come to nothing before a session is given up whose user does not want to wait."""
 
-MAX_MISBEHAVED = 4
-"""Hops in turn that do not take, or do not give, what they must, without a step done in between:
-then the fault is in what is sent, or in the model, and no other server will mend it."""
+MAX_MISBEHAVED = 5
+"""Peers in turn that do not take, or do not give, what they must, without a step done in between:
+then the fault is in what is sent, or in the model, and no other server will mend it. Two that lie,
+and of whom each has another blamed first, are fewer."""
 
 LEAST_STEP_TOKENS = 16
 """A server that takes less at once would make every prefill of the session crawl."""
@@ -160,7 +161,8 @@ class Session:
         self._halted_at = 0.0
         self._last_id = 0
         self._avoid: dict[str, tuple[float, int]] = {}
-        self._misbehaved = 0
+        self._misbehaved: list[str] = []
+        self._misbehaved_since = 0.0
         self._watch = Watch(self._flow, self._records, self._new_id)
         self._actions: list[Action] = []
         self.max_step_tokens = 0
@@ -380,7 +382,7 @@ class Session:
             self._fail(hop, CODE_MISBEHAVED, "sent a result that was not asked for", now)
             return self._take(now)
         ticket = self._flow.take_result(hop, sent, now)
-        self._misbehaved = 0
+        self._misbehaved.clear()
         if ticket is not None:
             self._actions.append(StepDone(ticket, StepResultRows(hidden, times)))
         return self._take(now)
@@ -508,11 +510,10 @@ class Session:
             f"the hop {at.peer} for blocks {at.start}:{at.end} failed ({code}): {text!r}",
             peer=at.peer,
         )
-        if code in (CODE_MISBEHAVED, CODE_REFUSED):
-            self._misbehaved += 1
-            if self._misbehaved >= MAX_MISBEHAVED:
-                self._end(error)
-                return
+        is_misbehaviour = code in (CODE_MISBEHAVED, CODE_REFUSED)
+        if is_misbehaviour and self._has_misbehaved_enough(hop, now):
+            self._end(error)
+            return
         for build in self._builds:
             if build.source == hop.id:
                 self._give_up_hand_over(build)
@@ -533,6 +534,18 @@ class Session:
             build.old_peers, build.silent_s = (at.peer,), silent_s
             if code == CODE_SESSION_IDLE and not self._flow.tickets:
                 build.stage = Stage.RESTING
+
+    def _has_misbehaved_enough(self, hop: HopRecord, now: float) -> bool:
+        """Whether one more that misbehaved shows that no other will do better.
+
+        A few that come again and again show it only to a user who does not want to wait for others.
+        """
+        if not self._misbehaved:
+            self._misbehaved_since = now
+        self._misbehaved.append(hop.peer)
+        is_late = now >= self._misbehaved_since + self._settings.max_wait_s
+        counted = self._misbehaved if is_late else set(self._misbehaved)
+        return len(counted) >= MAX_MISBEHAVED
 
     def _start_again(self, build: Build, error: PetaldError, now: float) -> None:
         """Other servers must do what the build's could not."""

@@ -180,3 +180,36 @@ def test_a_step_that_was_lost_after_a_slow_hop_is_missed_at_the_next() -> None:
     assert not [each for each in hand.all if isinstance(each, do.Penalise)]
     (again,) = _steps(hand.link_all(hand.last))
     assert again.position == 10
+
+
+def _lie_in_turn(hand: SessionByHand, peers: str) -> None:
+    """Lets hops for the last blocks come one after the other, and each say nonsense."""
+    for peer in peers:
+        assert not hand.session.has_ended
+        (hop,) = hand.choose(hop_at(peer, 4, 8))
+        (step,) = _steps(hand.all)[-1:]
+        hand.feed("on_result", hop, step.number, SimRows((1,) * 300), ())
+        hand.now += 5.0
+
+
+def test_one_that_lies_again_and_again_does_not_end_a_session_that_waits_for_others() -> None:
+    hand = SessionByHand(max_wait_s=60.0)
+    hops = hand.open(A, B)
+    hand.submit(0, 10)
+    hand.feed("on_result", hops[1], 1, SimRows((1,) * 300), ())
+    _lie_in_turn(hand, "FGFGFGFG")
+    assert not hand.session.has_ended
+    (honest,) = hand.choose(B)
+    (step,) = _steps(hand.all)[-1:]
+    hand.answer([hops[0], honest], step)
+    assert len(hand.found(do.StepDone)) == 1
+
+
+@pytest.mark.parametrize(("peers", "max_wait_s"), [("FGHI", 60.0), ("FGFG", 10.0)])
+def test_a_session_that_nobody_can_serve_ends(peers: str, max_wait_s: float) -> None:
+    hand = SessionByHand(max_wait_s=max_wait_s)
+    hops = hand.open(A, B)
+    hand.submit(0, 10)
+    hand.feed("on_result", hops[1], 1, SimRows((1,) * 300), ())
+    _lie_in_turn(hand, peers)
+    assert len(hand.found(do.Ended)) == 1
