@@ -352,7 +352,7 @@ class Flow:
     def _note_progress(self, hop: HopRecord, sent: SentStep, now: float) -> None:
         index = sent.route.index(hop)
         if index:
-            sent.route[index - 1].link_failures.pop(hop.id, None)
+            sent.route[index - 1].link_failures.clear()
         if index >= sent.reached:
             if index == sent.reached:
                 hop.laps.add(sent.tokens, now - max(sent.reached_at, hop.last_output_at))

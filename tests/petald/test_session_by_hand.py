@@ -213,3 +213,27 @@ def test_a_session_that_nobody_can_serve_ends(peers: str, max_wait_s: float) -> 
     hand.feed("on_result", hops[1], 1, SimRows((1,) * 300), ())
     _lie_in_turn(hand, peers)
     assert len(hand.found(do.Ended)) == 1
+
+
+def test_a_hop_is_not_blamed_for_next_hops_that_were_lost_long_apart() -> None:
+    hand = SessionByHand()
+    hops = hand.open(A, B)
+    position, blamed = 0, []
+    for successor in "FG":
+        for _ in range(20):
+            hand.submit(position, 1)
+            hand.answer(hops, hand.found(do.SendStep)[0])
+            position += 1
+        hand.submit(position, 1)
+        (step,) = hand.found(do.SendStep)
+        position += 1
+        hand.feed("on_step_failed", hops[0], step.number, "next_hop_lost", "it is gone", None)
+        (link,) = hand.found(do.SendLinkNext)
+        hand.feed("on_link_failed", hops[0], link.request, "next_hop_lost", "nobody answers")
+        blamed += [each.peer for each in hand.found(do.Penalise)]
+        (hops[1],) = hand.choose(hop_at(successor, 4, 8))
+        (replayed,) = _steps(hand.last)
+        hand.feed("on_result", hops[1], replayed.number, None, ())
+        hand.answer(hops, hand.found(do.SendStep)[0])
+        hand.now += 3600.0
+    assert blamed == ["B", "F"]
