@@ -161,6 +161,7 @@ class Session:
         self._halted_at = 0.0
         self._last_id = 0
         self._avoid: dict[str, tuple[float, int]] = {}
+        self._link_failures: dict[str, dict[int, int]] = {}
         self._misbehaved: list[str] = []
         self._misbehaved_since = 0.0
         self._watch = Watch(self._flow, self._records, self._new_id)
@@ -572,14 +573,14 @@ class Session:
         failures = hop.link_failures.get(target.id, 0) + 1
         hop.link_failures[target.id] = failures
         target.probe = None
+        culprit = hop if len(hop.link_failures) > 1 else target
         if failures > 1:
-            culprit = hop if len(hop.link_failures) > 1 else target
             self._fail(culprit, CODE_NEXT_HOP_LOST, text, now)
         elif self._find_build(hop) is None and self._find_build(target) is None:
             self._counts.relinks += 1
             self._halt(now)
         elif self._find_build(hop) is self._find_build(target):
-            self._fail(target, CODE_NEXT_HOP_LOST, text, now)
+            self._fail(culprit, CODE_NEXT_HOP_LOST, text, now)
 
     def _replace_leaving(self, now: float) -> None:
         """Makes others ready for the hops that said that they leave."""
@@ -674,6 +675,7 @@ class Session:
         source = self._choose_source(build, chain)
         for at in chain:
             hop = HopRecord(self._new_id(), at, now + OPEN_S, before)
+            hop.link_failures = self._link_failures.setdefault(at.peer, hop.link_failures)
             self._records[hop.id] = hop
             build.hops.append(hop)
             cache_from = None if source is None else source.peer

@@ -121,7 +121,8 @@ class HopRecord:
         max_step_tokens: the longest step that it takes.
         last_output_at: when its last output came.
         owed: outputs that are still to come of steps that nobody waits for any more.
-        link_failures: for each next hop, how often the link to it failed, since one last worked.
+        link_failures: for each next hop, how often the link to it failed, since one last worked;
+            one peer's hops share it.
         blames: how often it held the hop before to be the cause of a failure.
     """
 

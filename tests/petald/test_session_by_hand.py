@@ -237,3 +237,15 @@ def test_a_hop_is_not_blamed_for_next_hops_that_were_lost_long_apart() -> None:
         hand.answer(hops, hand.found(do.SendStep)[0])
         hand.now += 3600.0
     assert blamed == ["B", "F"]
+
+
+def test_a_hop_that_links_with_nobody_is_found_out_while_a_session_opens() -> None:
+    hand = SessionByHand()
+    hand.feed("start")
+    for successor in "BF":
+        opened = hand.choose(A, hop_at(successor, 4, 8), opens=False)
+        for hop in opened:
+            hand.feed("on_opened", hop, 128)
+        (link,) = hand.found(do.SendLinkNext)
+        hand.feed("on_link_failed", opened[0], link.request, "next_hop_lost", "a lie")
+    assert [each.peer for each in hand.all if isinstance(each, do.Penalise)] == ["B", "A"]
