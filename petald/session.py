@@ -91,6 +91,7 @@ LAG_S = 1.0
 CODE_NO_ANSWER = "no_answer"
 CODE_NEXT_HOP_LOST = "next_hop_lost"
 CODE_MISBEHAVED = "remote_protocol_error"
+CODE_BAD_REQUEST = BadRequest.code
 CODE_OPENED = "opened"
 CODE_LEAVING = "leaving"
 CODE_BETTER = "better"
@@ -402,6 +403,8 @@ class Session:
         if code == CODE_NEXT_HOP_LOST and 0 <= index < len(route) - 1:
             if route[index + 1].state is not HopState.GONE:
                 self._lose_link(hop, route[index + 1], text, now)
+        elif code == CODE_BAD_REQUEST and index > 0:  # what it misses was not pushed to it
+            self._lose_link(route[index - 1], hop, text, now)
         elif culprit is None or code != CODE_MISBEHAVED or index < 0:
             self._fail(hop, code, text, now)
         elif index == 0:  # what it does not take came from here

@@ -249,3 +249,27 @@ def test_a_hop_that_links_with_nobody_is_found_out_while_a_session_opens() -> No
         (link,) = hand.found(do.SendLinkNext)
         hand.feed("on_link_failed", opened[0], link.request, "next_hop_lost", "a lie")
     assert [each.peer for each in hand.all if isinstance(each, do.Penalise)] == ["B", "A"]
+
+
+def test_who_does_not_push_all_steps_is_found_out_by_what_the_next_hops_miss() -> None:
+    hand = SessionByHand()
+    hops = hand.open(A, B)
+    hand.fill(hops, 100)
+    hand.submit(100, 1)
+    (step,) = hand.found(do.SendStep)
+    for successor in "FG":
+        # First the link is made anew, then it is held against the next hop.
+        text = "a step at position 100 came, but only 64 tokens are cached"
+        hand.feed("on_step_failed", hops[1], step.number, "bad_request", text, None)
+        assert not hand.found(do.CloseHop)
+        (step,) = _steps(hand.link_all(hand.last))
+        hand.feed("on_step_failed", hops[1], step.number, "bad_request", text, None)
+        (closed,) = hand.found(do.CloseHop)
+        if successor == "G":
+            assert closed.hop == hops[0]  # of two in turn
+            break
+        assert closed.hop == hops[1]
+        (hops[1],) = hand.choose(hop_at(successor, 4, 8))
+        (replayed,) = _steps(hand.last)
+        hand.feed("on_result", hops[1], replayed.number, None, ())
+        (step,) = hand.found(do.SendStep)
