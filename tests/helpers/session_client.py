@@ -103,7 +103,12 @@ class SimClient:
         position = max(0, min(int(share * rows), rows - 1))
         if self.world.is_replay_exact:  # the rest of a step has other bits than the whole
             position -= position % PREFILL_TOKENS if position < len(self.prompt) else 0
-        self.world.count("rewound while moving" if self.session.is_moving else "rewound")
+        builds = self.session._builds
+        self.world.count("rewound while moving" if builds else "rewound")
+        if any(build.hand_over is not None for build in builds):
+            self.world.count("rewound during a hand-over")
+        if any(build.in_flight for build in builds):
+            self.world.count("rewound during a replay")
         self._begin_again(position)
 
     def _cancel_tickets(self) -> None:
@@ -122,9 +127,14 @@ class SimClient:
             self._prefill(position)
 
     def repeat_last(self) -> None:
-        """The network delivers steps twice, as no stream does, but a confused client might."""
+        """The network delivers steps twice, as no stream does, but a confused client might.
+
+        What comes out of order then, behind another hop's word that it counts anew, cuts a cache
+        below what is committed; that is found out by the next step, and mended.
+        """
         for hop in self.hops():
             if hop.last is not None:
+                hop.is_confused = True
                 run_step(self.world, hop, hop.last[0])
 
     # The driver.
@@ -171,7 +181,7 @@ class SimClient:
         committed = session._committed()
         for record in session._chain:
             hop = self.world.find_hop(record.peer, (self.number, record.id))
-            if hop is not None:
+            if hop is not None and not hop.is_confused:
                 history = histories[record.at.start]
                 self.world.count("caches compared")
                 assert hop.blocks.inputs[:committed] == history.values[:committed]  # type: ignore[attr-defined]
@@ -240,8 +250,8 @@ class SimClient:
         self._to(action.hop, lambda hop: hop.server.hops.pop(hop.key))
 
     def _do_SendStep(self, action: do.SendStep) -> None:  # noqa: N802
-        if action.hidden.shape[0] < PREFILL_TOKENS < self.session.submitted_rows:
-            self.world.count("short piece")
+        if action.hidden.shape[0] > PREFILL_TOKENS and action.position:
+            self.world.count("replayed in several pieces")
         self._to(action.hop, lambda hop: run_step(self.world, hop, action))
 
     def _do_SendLinkNext(self, action: do.SendLinkNext) -> None:  # noqa: N802

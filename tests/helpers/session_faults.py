@@ -31,7 +31,7 @@ LIES = (
     "refuses",  # it links with nobody, and says so
     "forgets",  # it says that no step ever came
     "idle",  # it says that the session is idle
-    "swallows",  # it passes every other output on to the client only
+    "swallows",  # it passes every fifth output on to the client only
     "poisons",  # it pushes steps under absurd numbers
 )
 

@@ -47,6 +47,7 @@ class SimHop:
     last: tuple[do.SendStep, SimRows] | None = None
     has_begun: bool = False
     is_handing_over: bool = False
+    is_confused: bool = False
     received: int = 0
     pushed: int = 0
     end_received: int = 0
@@ -349,6 +350,7 @@ class World:
 
         def send_block(block: int) -> None:
             if not hop.is_open:
+                self.count("source of a hand-over lost")
                 return
             if hop.server.peer in self.hung:
                 self.hung[hop.server.peer].append(lambda: send_block(block))
@@ -441,7 +443,7 @@ def pass_on(world: World, hop: SimHop, step: do.SendStep, output: SimRows) -> No
 def _push(world: World, hop: SimHop, target: SimHop, step: do.SendStep, output: SimRows) -> None:
     peer = target.server.peer
     number = step.number
-    if hop.server.lie == "swallows" and world.rng.random() < 0.5:
+    if hop.server.lie == "swallows" and world.rng.random() < 0.2:
         return
     if hop.server.lie == "poisons" and world.rng.random() < 0.1:
         number = ABSURD

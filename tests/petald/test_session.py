@@ -2,63 +2,179 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from dataclasses import dataclass
+
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from petald.errors import MissingBlocks
 from petald.routing import choose_chain
 from tests.helpers.session_client import SimClient
-from tests.helpers.session_faults import strike, tell_leaving
+from tests.helpers.session_faults import LIES, strike, tell_leaving
 from tests.helpers.session_rows import ListHistory, expected_tokens
 from tests.helpers.session_world import World
 
 SPANS = [(0, 3), (3, 6), (6, 8), (2, 5), (0, 4), (4, 8)]
-KINDS = ["kill", "hang", "cut servers", "cut client", "cancel", "leave", "propose", "repeat"]
+LONGEST_S = 900.0
 
-faults = st.lists(
-    st.tuples(
-        st.sampled_from(KINDS),
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that goes wrong; see `tests.helpers.session_faults.strike`."""
+
+    kind: str
+    when: float
+    one: int = 0
+    other: int = 0
+    seconds: float = 1.0
+
+
+def faults_of(*kinds: str) -> st.SearchStrategy[list[Fault]]:
+    """Some faults, in no order."""
+    one = st.builds(
+        Fault,
+        st.sampled_from(kinds),
         st.floats(0.1, 8.0),
         st.integers(0, 20),
         st.integers(0, 20),
         st.floats(0.1, 8.0),
-    ),
-    max_size=16,
-)
+    )
+    return st.lists(one, max_size=16)
+
+
+def make_world(seed: int, *, clients: int = 2, has_room: bool = False, **options: bool) -> World:
+    """Servers near and far, quick and slow; sessions short and long.
+
+    Args:
+        has_room: every server takes long steps, and all sessions.
+    """
+    rng = random.Random(seed)
+    world = World(
+        8,
+        seed,
+        latency_s=rng.choice((0.005, 0.02, 0.1)),
+        chain_delays_s=rng.choice(((0.001,), (0.001, 0.05, 3.0))),
+        hand_over_s=rng.choice((0.0, 0.5, 5.0)),
+        hand_over_failures=rng.choice((0.0, 0.5)),
+        hand_overs=rng.choice((0.5, 1.0)),
+        **options,
+    )
+    paces_s = rng.choice(((0.001,), (0.001, 0.005, 0.02), (0.02, 0.05, 0.1)))
+    for start, end in SPANS * 2:
+        server = world.add_server(start, end, block_s=rng.choice(paces_s))
+        if not has_room:
+            server.capacity = rng.choice((64, 64, 64, 1))
+            server.max_step_tokens = rng.choice((128, 128, 128, 32))
+    for number in range(clients):
+        prompt = tuple(range(number, number + rng.choice((10, 40, 40, 400))))
+        client = SimClient(world, prompt, rng.choice((20, 40, 60)))
+        world.at(0.1, client.start)
+    return world
+
+
+def run_faults(world: World, faults: list[Fault]) -> None:
+    """Lets them happen, and sees that all sessions are done then and nothing is left of them."""
+    ListHistory.open_histories = len(world.clients)  # one each, from the start
+    for fault in faults:
+        world.at(
+            fault.when,
+            lambda fault=fault: strike(world, fault.kind, fault.one, fault.other, fault.seconds),
+        )
+    world.run_sessions(LONGEST_S)
+    for client in world.clients:
+        assert client.error is None
+        assert client.is_done
+    world.run(world.now + 50.0)
+    assert world.open_hops() == 0
+    assert ListHistory.open_histories == 0
+
+
+def check_tokens(world: World) -> None:
+    """They are those that an undisturbed chain makes."""
+    for client in world.clients:
+        assert client.tokens == expected_tokens(
+            8, client.prompt, client.count, tells_steps_apart=world.is_replay_exact
+        )
+
+
+BREAKS = ("kill", "hang", "cut servers", "cut client", "cut way", "break stream", "break all")
+CHANGES = ("cancel", "rewind", "rewind", "leave", "leave", "propose", "repeat")
+ODDITIES = ("pause", "break link", "refuse")
+
+seeds = st.integers(0, 100_000)
+
+
+@settings(max_examples=250, deadline=None)
+@example([Fault("kill", 0.3), Fault("kill", 0.31, 2)], 5, False)
+@given(faults_of(*BREAKS, *CHANGES, *ODDITIES), seeds, st.booleans())
+def test_every_session_ends_with_the_right_tokens(
+    faults: list[Fault], seed: int, is_replay_exact: bool
+) -> None:
+    world = make_world(seed, is_replay_exact=is_replay_exact)
+    run_faults(world, faults)
+    check_tokens(world)
 
 
 @settings(max_examples=150, deadline=None)
-@example([("kill", 0.3, 0, 0, 1.0), ("kill", 0.31, 1, 0, 1.0)], 5, False)
-@given(faults, st.integers(0, 1000), st.booleans())
-def test_every_session_ends_with_the_right_tokens(
-    events: list[tuple[str, float, int, int, float]], seed: int, is_replay_exact: bool
+@given(faults_of("lie", "lie", "lie", "kill", "leave", "rewind", "propose"), seeds)
+def test_hops_that_lie_cost_no_session_its_tokens(faults: list[Fault], seed: int) -> None:
+    world = make_world(seed, has_room=True)  # that others can do what the liars do not
+    run_faults(world, faults)
+    check_tokens(world)
+
+
+@settings(max_examples=150, deadline=None)
+@given(faults_of(*BREAKS, *CHANGES, *ODDITIES), seeds)
+def test_what_a_hop_has_cached_is_what_the_history_says_to_the_last_bit(
+    faults: list[Fault], seed: int
 ) -> None:
-    ListHistory.open_histories = 0
-    world = World(8, seed, is_replay_exact=is_replay_exact)
-    for start, end in SPANS * 2:
-        world.add_server(start, end)
-    clients = [
-        SimClient(world, tuple(range(number, 40 + number)), 40 + number) for number in range(3)
-    ]
-    for client in clients:
-        world.at(0.1, client.start)
-    for kind, when, one, other, seconds in events:
-        world.at(
-            when,
-            lambda kind=kind, one=one, other=other, seconds=seconds: strike(
-                world, kind, one, other, seconds
-            ),
-        )
-    world.run(150.0)
-    for client in clients:
-        assert client.error is None
-        assert client.is_done
-        assert client.tokens == expected_tokens(
-            8, client.prompt, client.count, tells_steps_apart=is_replay_exact
-        )
-    world.run(200.0)
-    assert world.open_hops() == 0
-    assert ListHistory.open_histories == 0
+    # No two servers give the same; what tokens are right cannot be told. The clients look at the
+    # caches whenever a step is done.
+    world = make_world(seed, tells_servers_apart=True)
+    run_faults(world, faults)
+    assert world.seen["caches compared"] > 10
+
+
+@settings(max_examples=150, deadline=None)
+@given(faults_of("kill", "kill", "hang", "leave", "rewind", "propose"), seeds)
+def test_nobody_is_blamed_for_what_another_did(faults: list[Fault], seed: int) -> None:
+    world = make_world(seed)
+    run_faults(world, faults)
+    check_tokens(world)
+    for client in world.clients:
+        assert [each for each in client.penalised if not each[-1]] == []
+
+
+def test_all_that_is_to_go_wrong_goes_wrong() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(80):
+        rng = random.Random(seed)
+        kinds = (*BREAKS, *CHANGES * 3, *ODDITIES, "lie", "lie", "lie")
+        world = make_world(seed, has_room=True)
+        faults = [
+            Fault(
+                rng.choice(kinds),
+                rng.uniform(0.1, 8.0),
+                rng.randrange(20),
+                rng.randrange(20),
+                rng.uniform(0.1, 8.0),
+            )
+            for _ in range(16)
+        ]
+        run_faults(world, faults)
+        check_tokens(world)
+        seen.update(world.seen)
+    wanted = {*BREAKS, *CHANGES, *ODDITIES, *(f"lie: {lie}" for lie in LIES)}
+    wanted |= {"late timer", "void question answered", "request refused"}
+    wanted |= {"handed over", "hand-over failed", "source of a hand-over lost"}
+    wanted |= {
+        "replayed in several pieces",
+        "rewound during a replay",
+        "rewound during a hand-over",
+    }
+    assert not wanted - seen.keys()
 
 
 def test_a_session_whose_blocks_nobody_has_ends_after_its_time() -> None:
