@@ -47,7 +47,7 @@ from petald.errors import BadRequest, MissingBlocks, PetaldError, SessionLost, l
 from petald.history import HistoryStore
 from petald.log import get_logger
 from petald.routing import Hop
-from petald.session import Counts, Session, SessionSettings
+from petald.session import Session
 from petald.session_actions import (
     Action,
     CloseHop,
@@ -66,6 +66,7 @@ from petald.session_actions import (
     StepResultRows,
     Waiting,
 )
+from petald.session_settings import Counts, SessionSettings
 from petald.tensors import check_rows
 
 log = get_logger(__name__)
@@ -174,8 +175,8 @@ class ChainSession:
         max_tokens: the most that the session will have cached.
         codec: in which hops write their outputs.
         max_wait_s: how long to wait where nobody can run some blocks.
-        is_replay_exact: as for `petald.session.SessionSettings`.
-        prefers_hand_over: as for `petald.session.SessionSettings`.
+        is_replay_exact: as for `petald.session_settings.SessionSettings`.
+        prefers_hand_over: as for `petald.session_settings.SessionSettings`.
         on_news: told of what happens to the chain; must not block.
     """
 

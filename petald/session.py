@@ -1,7 +1,9 @@
 """A session from the client's side, as a state machine: what is sent, and how a hop is replaced.
 
 Pure: events go in with the time, actions come out; `petald.chain_client` carries them out. The
-opening of a session is the recovery of all its blocks with nothing cached.
+opening of a session is the recovery of all its blocks with nothing cached. Its parts: the rows
+(`session_flow`), the new hops (`session_build`), their links (`session_links`), who is silent
+(`session_watch`), and what is held against whom (`session_blame`).
 
 How recovery works. For every border between two hops the session keeps the rows that crossed it,
 as the next hop decoded them (its *history*). When a hop is lost the session stands still. What
@@ -17,9 +19,8 @@ at least the committed rows, and exactly those that the histories hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import replace
 
 from p2p.wire.session_messages import HopTime
 from p2p.wire.tensor import WireTensor
@@ -29,18 +30,25 @@ from petald.session_actions import (
     Action,
     CloseHop,
     Ended,
-    History,
     Moved,
     NeedChain,
     OpenHop,
     Penalise,
     SendHandOver,
-    SendLinkNext,
-    SendLinkPrevious,
     StepDone,
     StepLost,
     StepResultRows,
     Waiting,
+)
+from petald.session_blame import (
+    CODE_BAD_REQUEST,
+    CODE_MISBEHAVED,
+    CODE_MISLED,
+    CODE_NEXT_HOP_LOST,
+    CODE_NO_ANSWER,
+    CODE_REFUSED,
+    CODE_SESSION_IDLE,
+    Blame,
 )
 from petald.session_build import Build, Stage
 from petald.session_flow import MAX_IN_FLIGHT, Flow
@@ -50,13 +58,12 @@ from petald.session_hop import (
     Request,
     RequestKind,
 )
-from petald.session_watch import STUCK_S, Watch
+from petald.session_links import Links, overdue_at
+from petald.session_settings import Counts, SessionSettings
+from petald.session_watch import Watch
 
 OPEN_S = 5.0
 """For opening a hop: a dial, two handshakes and one round trip over a slow home link."""
-
-HAND_OVER_S = 60.0
-"""For a cache on its way from hop to hop; meanwhile the old one serves."""
 
 SWITCH_TOKENS = 64
 """A build beside running hops takes over when so few tokens are left to replay: less than the
@@ -65,17 +72,8 @@ session decodes while they are."""
 RETRY_S = 0.5
 """Between two choices where nobody can run some blocks."""
 
-AVOID_S = 0.5
-LONGEST_AVOID_S = 30.0
-"""How long a peer that failed this session is out of question; doubled each time."""
-
 MAX_ATTEMPTS = 8
 """Choices that come to nothing before a session is given up whose user does not want to wait."""
-
-MAX_MISBEHAVED = 5
-"""Peers in turn that do not take, or do not give, what they must, without a step done in between:
-then the fault is in what is sent, or in the model, and no other server will mend it. Two that lie,
-and of whom each has another blamed first, are fewer."""
 
 LEAST_STEP_TOKENS = 16
 """A server that takes less at once would make every prefill of the session crawl."""
@@ -83,68 +81,12 @@ LEAST_STEP_TOKENS = 16
 MAX_QUOTED = 512
 """Characters of what a hop says that are repeated."""
 
-MAX_AVOIDED = 1024
-
 LAG_S = 1.0
 """A timer that comes so late tells of a pause of this process, not of the hops' silence."""
 
-CODE_NO_ANSWER = "no_answer"
-CODE_NEXT_HOP_LOST = "next_hop_lost"
-CODE_MISBEHAVED = "remote_protocol_error"
-CODE_BAD_REQUEST = BadRequest.code
 CODE_OPENED = "opened"
 CODE_LEAVING = "leaving"
 CODE_BETTER = "better"
-CODE_REFUSED = "step_refused"
-CODE_SESSION_IDLE = "session_idle"
-
-FAULTS = frozenset(
-    {
-        CODE_NO_ANSWER,
-        CODE_NEXT_HOP_LOST,
-        CODE_MISBEHAVED,
-        "message_too_large",
-        "stream_broken",
-        "peer_unreachable",
-    }
-)
-"""Failures that are held against a peer. A refusal is not, nor is our error that it found."""
-
-
-@dataclass(slots=True)
-class Counts:
-    """What a session has gone through."""
-
-    moves: int = 0
-    replayed_tokens: int = 0
-    handed_over_tokens: int = 0
-    probes: int = 0
-    relinks: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SessionSettings:
-    """What a session is made with.
-
-    Attributes:
-        num_blocks: of the model.
-        max_tokens: the most that will be cached.
-        max_wait_s: how long to wait where nobody can run some blocks.
-        make_history: a new, empty history.
-        is_replay_exact: what is lost is repeated step by step, to the same bits, and not in the
-            long pieces that are quickest; see `petald.session_flow`.
-        prefers_hand_over: whether a cache of so many tokens comes sooner from the hop that leaves
-            to its replacement than by replay.
-    """
-
-    num_blocks: int
-    max_tokens: int
-    make_history: Callable[[], History]
-    max_wait_s: float = 0.0
-    is_replay_exact: bool = False
-    prefers_hand_over: Callable[[Hop, Hop, int], bool] = field(
-        default=lambda old, new, tokens: False
-    )
 
 
 class Session:
@@ -161,10 +103,8 @@ class Session:
         self._has_ended = False
         self._halted_at = 0.0
         self._last_id = 0
-        self._avoid: dict[str, tuple[float, int]] = {}
-        self._link_failures: dict[str, dict[int, int]] = {}
-        self._misbehaved: list[str] = []
-        self._misbehaved_since = 0.0
+        self._blame = Blame(patience_s=settings.max_wait_s)
+        self._links = Links(self._new_id)
         self._watch = Watch(self._flow, self._records, self._new_id)
         self._actions: list[Action] = []
         self.max_step_tokens = 0
@@ -384,7 +324,7 @@ class Session:
             self._fail(hop, CODE_MISBEHAVED, "sent a result that was not asked for", now)
             return self._take(now)
         ticket = self._flow.take_result(hop, sent, now)
-        self._misbehaved.clear()
+        self._blame.on_step_done()
         if ticket is not None:
             self._actions.append(StepDone(ticket, StepResultRows(hidden, times)))
         return self._take(now)
@@ -429,7 +369,7 @@ class Session:
         if hop is None or hop.is_leaving:
             return []
         hop.is_leaving = True
-        self._avoid_peer(hop.peer, now + LONGEST_AVOID_S, 0)
+        self._blame.on_leaving(hop.peer, now)
         if self._find_build(hop) is not None:
             self._fail(hop, CODE_LEAVING, "it is leaving", now)
         self._replace_leaving(now)
@@ -443,7 +383,7 @@ class Session:
         for hop in self._records.values():
             if hop.state is HopState.OPENING:
                 due.append(hop.due_at)
-            due += [_overdue_at(hop, request) for request in hop.requests.values()]
+            due += [overdue_at(hop, request) for request in hop.requests.values()]
         return min(self._watch.next_deadline(), *due, float("inf"))
 
     def on_timer(self, now: float) -> list[Action]:
@@ -465,7 +405,7 @@ class Session:
 
     def _check_hop(self, hop: HopRecord, now: float) -> None:
         for number, request in list(hop.requests.items()):
-            if now < _overdue_at(hop, request):
+            if now < overdue_at(hop, request):
                 continue
             if request.kind is RequestKind.HAND_OVER:
                 del hop.requests[number]
@@ -501,21 +441,15 @@ class Session:
         if self._has_ended or hop.state is HopState.GONE:
             return
         self._drop_hop(hop)
-        if code in FAULTS and not hop.is_leaving:
+        if self._blame.on_failure(hop, code, now, retry_after_s=retry_after_s):
             self._actions.append(Penalise(hop.peer, code))
-        _, times = self._avoid.get(hop.peer, (0.0, 0))
-        if hop.last_output_at:  # it was of use: it may be again
-            times = 0
-        avoid_s = max(retry_after_s, min(AVOID_S * 2**times, LONGEST_AVOID_S))
-        self._avoid_peer(hop.peer, now + avoid_s, min(times + 1, 8))
         at = hop.at
         text = text[:MAX_QUOTED]
         error = HopFailed(
             f"the hop {at.peer} for blocks {at.start}:{at.end} failed ({code}): {text!r}",
             peer=at.peer,
         )
-        is_misbehaviour = code in (CODE_MISBEHAVED, CODE_REFUSED)
-        if is_misbehaviour and self._has_misbehaved_enough(hop, now):
+        if code in (CODE_MISBEHAVED, CODE_REFUSED) and self._blame.is_hopeless(now):
             self._end(error)
             return
         for build in self._builds:
@@ -539,18 +473,6 @@ class Session:
             if code == CODE_SESSION_IDLE and not self._flow.tickets:
                 build.stage = Stage.RESTING
 
-    def _has_misbehaved_enough(self, hop: HopRecord, now: float) -> bool:
-        """Whether one more that misbehaved shows that no other will do better.
-
-        A few that come again and again show it only to a user who does not want to wait for others.
-        """
-        if not self._misbehaved:
-            self._misbehaved_since = now
-        self._misbehaved.append(hop.peer)
-        is_late = now >= self._misbehaved_since + self._settings.max_wait_s
-        counted = self._misbehaved if is_late else set(self._misbehaved)
-        return len(counted) >= MAX_MISBEHAVED
-
     def _start_again(self, build: Build, error: PetaldError, now: float) -> None:
         """Other servers must do what the build's could not."""
         self._drop_build_hops(build)
@@ -572,12 +494,8 @@ class Session:
 
     def _lose_link(self, hop: HopRecord, target: HopRecord, text: str, now: float) -> None:
         """The way from a hop to the next is gone: it is made anew, once; then one of them goes."""
-        hop.next = None
-        failures = hop.link_failures.get(target.id, 0) + 1
-        hop.link_failures[target.id] = failures
-        target.probe = None
-        culprit = hop if len(hop.link_failures) > 1 else target
-        if failures > 1:
+        culprit, was_lost_before = self._links.on_lost(hop, target)
+        if was_lost_before:
             self._fail(culprit, CODE_NEXT_HOP_LOST, text, now)
         elif self._find_build(hop) is None and self._find_build(target) is None:
             self._counts.relinks += 1
@@ -593,12 +511,6 @@ class Session:
                 build = self._add_build(start, end, code=CODE_LEAVING, now=now, is_urgent=False)
                 build.old_peers = (hop.peer,)
 
-    def _avoid_peer(self, peer: str, until: float, times: int) -> None:
-        if len(self._avoid) >= MAX_AVOIDED:
-            self._avoid.clear()
-        before, _ = self._avoid.get(peer, (0.0, 0))
-        self._avoid[peer] = max(before, until), times
-
     def _take_stray(self, hop: HopRecord | None, number: int, now: float) -> None:
         """Something came of a step that nobody waits for, or of one that never was."""
         if hop is None:
@@ -606,10 +518,12 @@ class Session:
         route = self._route_of(hop)
         if number <= self._flow.last_number:
             self._flow.take_stale(hop, now)
-        elif hop in route[1:]:
-            self._blame_before(hop, route, f"was sent a step {number} that never was", now)
-        else:
+        elif hop not in route[1:]:
             self._fail(hop, CODE_MISBEHAVED, f"speaks of a step {number} that never was", now)
+        elif self._blame.is_new_stray(number):
+            self._blame_before(hop, route, f"was sent a step {number} that never was", now)
+        else:  # it was passed on from hop to hop, and none of them takes a lower number now
+            self._fail(hop, CODE_MISLED, f"was sent a step {number} that never was", now)
 
     def _blame_before(
         self, hop: HopRecord, route: Sequence[HopRecord], text: str, now: float
@@ -666,7 +580,7 @@ class Session:
                 build.end,
                 before,
                 after,
-                frozenset(peer for peer, (until, _) in self._avoid.items() if until > now),
+                self._blame.avoided(now),
                 self._settings.max_tokens,
                 build.attempts > 0 or build.waiting_since is not None,
             )
@@ -678,7 +592,7 @@ class Session:
         source = self._choose_source(build, chain)
         for at in chain:
             hop = HopRecord(self._new_id(), at, now + OPEN_S, before)
-            hop.link_failures = self._link_failures.setdefault(at.peer, hop.link_failures)
+            self._links.watch(hop)
             self._records[hop.id] = hop
             build.hops.append(hop)
             cache_from = None if source is None else source.peer
@@ -699,7 +613,8 @@ class Session:
     def _advance_build(self, build: Build, now: float) -> None:
         if not build.is_open or build.hand_over is not None:
             return
-        if not self._ensure_linked(build.hops, now):
+        self._actions += self._links.ask(build.hops, now)
+        if not self._links.are_whole(build.hops):
             return
         committed = self._committed()
         if build.source is not None and not build.sent:
@@ -761,12 +676,13 @@ class Session:
     def _try_resume(self, now: float) -> None:
         """Lets steps flow again, if every block is in its place."""
         placed = self._placed()
-        is_linked = self._ensure_linked(placed, now)
+        self._actions += self._links.ask(placed, now)
         committed = self._committed()
         urgent = [build for build in self._builds if build.is_urgent]
         if not all(build.has_cached(committed) for build in urgent):
             return
-        if not is_linked or not _covers([hop.at for hop in placed], 0, self._end_block):
+        is_covered = _covers([hop.at for hop in placed], 0, self._end_block)
+        if not is_covered or not self._links.are_whole(placed):
             return
         self._chain = placed
         for build in urgent:
@@ -822,7 +738,7 @@ class Session:
     def _advance(self, now: float) -> None:
         if self._builds:
             if not self._is_running:  # before the replays, in whose order a hop takes them
-                self._ensure_linked(self._placed(), now)
+                self._actions += self._links.ask(self._placed(), now)
             for build in self._builds:
                 if build.stage is Stage.CHOOSING and not build.question:
                     self._ask_for_chain(build, now)
@@ -844,33 +760,6 @@ class Session:
                 self._take_over(build)
                 self._advance_build(build, now)
                 return
-
-    def _ensure_linked(self, hops: Sequence[HopRecord], now: float) -> bool:
-        """Whether each hop is linked with the next; asks for what is missing."""
-        is_linked = True
-        for hop, target in pairwise(hops):
-            are_open = hop.state is HopState.OPEN and target.state is HopState.OPEN
-            if hop.at.end != target.at.start or not are_open:
-                is_linked = False
-            elif target.previous != hop.peer:
-                is_linked = False
-                if not target.has_asked(RequestKind.LINK_PREVIOUS, hop.id):
-                    request = self._ask(target, RequestKind.LINK_PREVIOUS, hop.id, now)
-                    self._actions.append(SendLinkPrevious(target.id, request, hop.peer))
-            elif hop.next != target.id:
-                is_linked = False
-                if not hop.has_asked(RequestKind.LINK_NEXT, target.id):
-                    request = self._ask(hop, RequestKind.LINK_NEXT, target.id, now)
-                    self._actions.append(SendLinkNext(hop.id, request, target.id))
-        return is_linked
-
-    def _ask(self, hop: HopRecord, kind: RequestKind, target: int, now: float) -> int:
-        """Opens a request; it replaces one of its kind, whose answer does not matter any more."""
-        for number in [n for n, request in hop.requests.items() if request.kind is kind]:
-            del hop.requests[number]
-        request = self._new_id()
-        hop.requests[request] = Request(kind, target, now)
-        return request
 
     def _committed(self) -> int:
         """How many rows every border has seen that does not lie within an urgent build."""
@@ -925,12 +814,6 @@ class Session:
     def _new_id(self) -> int:
         self._last_id += 1
         return self._last_id
-
-
-def _overdue_at(hop: HopRecord, request: Request) -> float:
-    if request.kind is RequestKind.HAND_OVER:
-        return request.asked_at + HAND_OVER_S
-    return max(request.asked_at, hop.last_output_at) + STUCK_S
 
 
 def _covers(chain: Sequence[Hop], start: int, end: int) -> bool:

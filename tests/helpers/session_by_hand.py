@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from petald import session_actions as do
 from petald.routing import Hop
-from petald.session import Session, SessionSettings
+from petald.session import Session
+from petald.session_settings import SessionSettings
 from tests.helpers.session_rows import ListHistory, SimRows
 
 STEP_TOKENS = 128

@@ -12,7 +12,8 @@ from p2p.wire.session_messages import Wanted
 from petald import session_actions as do
 from petald.errors import MissingBlocks, PetaldError
 from petald.routing import Hop, choose_chain
-from petald.session import Session, SessionSettings
+from petald.session import Session
+from petald.session_settings import SessionSettings
 from tests.helpers.session_faults import twist
 from tests.helpers.session_rows import PREFILL_TOKENS, ListHistory, SimRows
 from tests.helpers.session_world import SimHop, World, run_step

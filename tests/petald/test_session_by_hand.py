@@ -273,3 +273,17 @@ def test_who_does_not_push_all_steps_is_found_out_by_what_the_next_hops_miss() -
         (replayed,) = _steps(hand.last)
         hand.feed("on_result", hops[1], replayed.number, None, ())
         (step,) = hand.found(do.SendStep)
+
+
+def test_a_number_that_was_never_sent_is_blamed_on_who_pushed_it_first() -> None:
+    hand = SessionByHand()
+    hops = hand.open(hop_at("evil", 0, 2), hop_at("B", 2, 4), hop_at("C", 4, 6), hop_at("D", 6, 8))
+    hand.fill(hops, 10)
+    hand.submit(10, 1)
+    for hop in hops[1:3]:  # each passes on what it was pushed
+        hand.feed("on_output", hop, 2**53, SimRows((1,)))
+    hand.feed("on_result", hops[3], 2**53, SimRows((1,)), ())
+    assert [each.peer for each in hand.all if isinstance(each, do.Penalise)] == ["evil"]
+    # Those behind take no lower number now, and are made anew; the first victim needs only a link.
+    closed = [each.hop for each in hand.all if isinstance(each, do.CloseHop)]
+    assert closed == [hops[0], hops[2], hops[3]]
