@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NEAR_ROUND_TRIP_S = 0.003
+NEAR_ROUND_TRIP_S = 0.008
 NEAR_BYTES_PER_S = 40e6
 FAR_BYTES_PER_S = 2.5e6
-"""Until bandwidth is measured: a peer within one house or rack moves what py-libp2p can carry
-(tens of MB/s on loopback), any other what a home's uplink of 20 Mbit/s does."""
+"""Until bandwidth is measured: a peer within one house or rack, whose answer may wait for a busy
+processor, moves what py-libp2p can carry (tens of MB/s on loopback), any other what a home's uplink
+of 20 Mbit/s does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.link_emulator import LinkEmulator
+from p2p.round_trips import KEPT
 from petalctl.client import Client, Generation
 from petalctl.private_swarm import PrivateSwarm
 from tests.swarm.conftest import even_spans, wait_until_free
@@ -128,12 +129,12 @@ def test_a_slow_link_is_measured(swarm: PrivateSwarm, links: LinkEmulator, clien
     links.set_link("router", slow, latency_s=0.03)
     with Client(swarm.servers[0].socket) as own:
         peer = own.status().peer
-    (model,) = client.swarm().models
+    for _ in range(KEPT):  # the least of the last few counts
+        (model,) = client.swarm().models
     (server,) = [server for server in model.servers if server.peer == peer]
-    client.swarm()
     links.set_link("router", slow)
     assert server.round_trip_s is not None
-    assert server.round_trip_s > 0.03  # an average of 60 ms with what was before
+    assert server.round_trip_s >= 0.06
 
 
 @pytest.mark.model
@@ -146,6 +147,7 @@ def test_a_partition_that_heals(
     hop: int,
 ) -> None:
     generation = begin(client, 10 + 20 * hop)
+    part = generation.chain[hop]
     cut = names(swarm, generation)[hop]
     links.hang_all(cut)
     timer = threading.Timer(2.0, links.heal_all, [cut])
@@ -153,7 +155,7 @@ def test_a_partition_that_heals(
     result = generation.result()
     timer.join()
     assert result.tokens == expected
-    assert {(move.start, move.end) for move in result.moves} >= {even_spans(3)[hop]}
+    assert any(m.start <= part.start and part.end <= m.end for m in result.moves), result.moves
 
 
 @pytest.mark.model
