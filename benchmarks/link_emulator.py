@@ -197,7 +197,11 @@ class LinkEmulator:
     async def _serve(
         self, name: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        source = await self._identify(writer.get_extra_info("peername")[1])
+        own_port = writer.get_extra_info("peername")[1]
+        source = await self._identify(own_port)
+        if source is None and _socket_inode(own_port) is None:
+            _reset(writer)  # who dialled has given it up already, or was killed
+            return
         if source is None:
             self.strangers += 1
             source = "a stranger"
