@@ -188,7 +188,8 @@ class LinkEmulator:
 
     async def _listen(self, name: str, port: int) -> int:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await self._serve(name, port, reader, writer)
+            with contextlib.suppress(asyncio.CancelledError):  # at the end; asyncio would report it
+                await self._serve(name, port, reader, writer)
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=READ_BYTES)
         self._servers.append(server)
