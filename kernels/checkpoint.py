@@ -47,10 +47,6 @@ class Checkpoint:
         )
         return elements * dtype.itemsize
 
-    def has_tensor(self, name: str) -> bool:
-        """Whether the checkpoint holds a tensor of that name."""
-        return name in self._names()
-
     def load_tensors(
         self, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
     ) -> dict[str, torch.Tensor]:
@@ -93,18 +89,6 @@ class Checkpoint:
                 f"{self.folder / INDEX_FILE} does not know the tensor {name}; fetch the model again"
             )
         return file
-
-    def _names(self) -> set[str]:
-        if self._file_of is not None:
-            return set(self._file_of)
-        path = self.folder / SINGLE_FILE
-        try:
-            with safe_open(path, framework="pt") as file:
-                return set(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise CorruptCheckpoint(
-                f"{path} cannot be read ({error}); fetch the model again"
-            ) from error
 
 
 def _check_tensor(path: Path, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:

@@ -81,8 +81,3 @@ def keep_dialable(texts: Iterable[str], limit: int) -> tuple[str, ...]:
             if len(kept) >= limit:
                 break
     return tuple(kept)
-
-
-def format_ip_address(ip: str, port: int) -> str:
-    """The address of an IP address and a port."""
-    return f"/{'ip6' if ':' in ip else 'ip4'}/{ip.partition('%')[0]}/tcp/{port}"

@@ -24,7 +24,6 @@ from p2p.wire.message import (
     message,
 )
 
-CONTROL_VERSION = 1
 MAX_CONTROL_FRAME_BYTES = 16 * 1024 * 1024
 
 JobNumber = Annotated[int, Bound(0, 2**31)]
