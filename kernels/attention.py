@@ -52,18 +52,41 @@ def attend_many(
 
 
 def attend_batch(
-    query_BSNH: torch.Tensor, keys_BSKH: torch.Tensor, values_BSKH: torch.Tensor
+    query_BSNH: torch.Tensor,
+    keys_BTKH: torch.Tensor,
+    values_BTKH: torch.Tensor,
+    mask_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention within each sequence of a batch, without a cache, ``[B*S, N*H]``.
+    """Causal attention of each sequence's last S of T tokens, without a cache, ``[B*S, N*H]``.
 
     Differentiable.
+
+    Args:
+        query_BSNH: of the last S tokens.
+        keys_BTKH: of all tokens.
+        values_BTKH: likewise.
+        mask_BT: true for the tokens that others may attend to; a token always attends to itself, so
+            that padding gives numbers, though useless ones. None: all are.
     """
     batch, tokens, heads, head_size = query_BSNH.shape
-    shared = heads // keys_BSKH.shape[2]
+    total = keys_BTKH.shape[1]
+    shared = heads // keys_BTKH.shape[2]
+    mask = None
+    if mask_BT is not None or total != tokens:
+        device = query_BSNH.device
+        is_before_ST = torch.ones(tokens, total, dtype=torch.bool, device=device).tril(
+            total - tokens
+        )
+        if mask_BT is None:
+            mask = is_before_ST
+        else:
+            is_self_ST = torch.eye(total, dtype=torch.bool, device=device)[total - tokens :]
+            mask = ((is_before_ST & mask_BT[:, None, :]) | is_self_ST)[:, None]
     output_BNSH = F.scaled_dot_product_attention(
         query_BSNH.transpose(1, 2),
-        keys_BSKH.transpose(1, 2).repeat_interleave(shared, dim=1),
-        values_BSKH.transpose(1, 2).repeat_interleave(shared, dim=1),
-        is_causal=True,
+        keys_BTKH.transpose(1, 2).repeat_interleave(shared, dim=1),
+        values_BTKH.transpose(1, 2).repeat_interleave(shared, dim=1),
+        attn_mask=mask,
+        is_causal=mask is None,
     )
     return output_BNSH.transpose(1, 2).reshape(batch * tokens, heads * head_size)

@@ -3,8 +3,9 @@
 `DecoderBlock` knows the order of the parts and the caches of the segments; norm, positions,
 attention and MLP are their own modules. Which parts a model has follows from its `ModelConfig`.
 
-Shapes: S packed rows of all segments, B batch, D hidden size, N query heads, K key and value heads,
-H head size.
+Shapes: S packed rows of all segments (or tokens of each sequence of a batch), B batch, T tokens
+with prefixes, P tokens of a prefix, D hidden size, N query heads, K key and value heads, H head
+size.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.adapter import BlockAdapter
 from kernels.attention import attend_batch, attend_many, attend_one
 from kernels.linear import Linear
 from kernels.mlp import GatedMLP
 from kernels.model_config import ModelConfig
 from kernels.norm import RMSNorm
 from kernels.rotary import rotate
-from kernels.weight_names import WEIGHT_NAMES
+from kernels.weight_names import WEIGHT_NAMES, short_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,16 @@ class DecoderBlock:
 
         def joined(*parts: str) -> Linear:
             labels = [part.format(block=block) for part in parts]
-            weight_OI = torch.cat([tensors[f"{label}.weight"] for label in labels])
+            weights = [tensors[f"{label}.weight"] for label in labels]
             biases = [tensors[f"{label}.bias"] for label in labels if f"{label}.bias" in tensors]
-            return Linear(weight_OI, torch.cat(biases) if biases else None)
+            return Linear(
+                torch.cat(weights),
+                torch.cat(biases) if biases else None,
+                parts=[
+                    (short_name(label), weight.shape[0])
+                    for label, weight in zip(labels, weights, strict=True)
+                ],
+            )
 
         def norm(part: str) -> RMSNorm:
             return RMSNorm(tensors[f"{part.format(block=block)}.weight"], config.norm_eps)
@@ -85,6 +94,7 @@ class DecoderBlock:
         positions: tuple[torch.Tensor, torch.Tensor],
         places: Sequence[Place],
         cache_KTH: tuple[torch.Tensor, torch.Tensor],
+        adapters: Sequence[BlockAdapter] = (),
     ) -> torch.Tensor:
         """New tokens of several sequences through the block, ``[S, D]``.
 
@@ -93,8 +103,9 @@ class DecoderBlock:
             positions: cosines and sines of each row, ``[S, 1, H]``.
             places: of the segments.
             cache_KTH: the arena's keys and values for this block; written behind each ``length``.
+            adapters: of all the sequences; their prefixes are in the cache already.
         """
-        query_SNH, key_SKH, value_SKH = self._project(hidden_SD, positions)
+        query_SNH, key_SKH, value_SKH = self._project(hidden_SD, positions, adapters)
         keys_KTH, values_KTH = cache_KTH
         outputs = []
         for place in places:
@@ -112,35 +123,63 @@ class DecoderBlock:
                 )
             )
         attended_SD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self._finish(hidden_SD, attended_SD)
+        return self._finish(hidden_SD, attended_SD, adapters)
 
     def forward(
-        self, hidden_BSD: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]
+        self,
+        hidden_BSD: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        mask_BT: torch.Tensor | None = None,
+        adapters: Sequence[BlockAdapter] = (),
     ) -> torch.Tensor:
-        """Whole sequences through the block, without a cache, ``[B, S, D]``; differentiable."""
+        """Whole sequences through the block, without a cache, ``[B, S, D]``; differentiable.
+
+        Args:
+            hidden_BSD: their rows.
+            positions: cosines and sines of one sequence's tokens, ``[S, 1, H]``.
+            mask_BT: true for the tokens that others may attend to, prefixes included; none: all.
+            adapters: of all the sequences.
+        """
         batch, tokens, width = hidden_BSD.shape
         rows_SD = hidden_BSD.reshape(batch * tokens, width)
         cos_S1H, sin_S1H = (part.repeat(batch, 1, 1) for part in positions)
-        query_SNH, key_SKH, value_SKH = self._project(rows_SD, (cos_S1H, sin_S1H))
-        attended_SD = attend_batch(
-            *(
-                part.reshape(batch, tokens, part.shape[1], self._head_size)
-                for part in (query_SNH, key_SKH, value_SKH)
-            )
+        projected = self._project(rows_SD, (cos_S1H, sin_S1H), adapters)
+        query_BSNH, keys_BTKH, values_BTKH = (
+            part.reshape(batch, tokens, part.shape[1], self._head_size) for part in projected
         )
-        return self._finish(rows_SD, attended_SD).reshape(batch, tokens, width)
+        prefixes = [adapter.prefix for adapter in adapters if adapter.prefix is not None]
+        if prefixes:
+            keys, values = zip(*prefixes, strict=True)
+            keys_BTKH = _stand_before(keys, keys_BTKH)
+            values_BTKH = _stand_before(values, values_BTKH)
+        attended_SD = attend_batch(query_BSNH, keys_BTKH, values_BTKH, mask_BT)
+        return self._finish(rows_SD, attended_SD, adapters).reshape(batch, tokens, width)
 
     def _project(
-        self, hidden_SD: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]
+        self,
+        hidden_SD: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        adapters: Sequence[BlockAdapter],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = hidden_SD.shape[0]
         turned = self._heads + self._kv_heads
-        qkv_SNH = self._qkv.apply(self._input_norm.apply(hidden_SD)).view(
+        qkv_SNH = self._qkv.apply(self._input_norm.apply(hidden_SD), adapters).view(
             rows, turned + self._kv_heads, self._head_size
         )
         turned_SNH = rotate(qkv_SNH[:, :turned], *positions)
         return turned_SNH[:, : self._heads], turned_SNH[:, self._heads :], qkv_SNH[:, turned:]
 
-    def _finish(self, hidden_SD: torch.Tensor, attended_SD: torch.Tensor) -> torch.Tensor:
-        after_SD = self._output.add_to(hidden_SD, attended_SD)
-        return self._mlp.add_to(after_SD, self._mlp_norm.apply(after_SD))
+    def _finish(
+        self,
+        hidden_SD: torch.Tensor,
+        attended_SD: torch.Tensor,
+        adapters: Sequence[BlockAdapter],
+    ) -> torch.Tensor:
+        after_SD = self._output.add_to(hidden_SD, attended_SD, adapters)
+        return self._mlp.add_to(after_SD, self._mlp_norm.apply(after_SD), adapters)
+
+
+def _stand_before(prefixes: Sequence[torch.Tensor], rows_BSKH: torch.Tensor) -> torch.Tensor:
+    batch = rows_BSKH.shape[0]
+    expanded = [prefix_PKH.expand(batch, -1, -1, -1) for prefix_PKH in prefixes]
+    return torch.cat([*expanded, rows_BSKH], dim=1)

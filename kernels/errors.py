@@ -45,3 +45,9 @@ class BadSampling(KernelError):
     """A sampling value is outside of its range: correct it."""
 
     code = "bad_sampling"
+
+
+class BadAdapter(KernelError):
+    """An adapter does not fit the model, or its files are of no use: take another."""
+
+    code = "bad_adapter"

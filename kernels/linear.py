@@ -5,12 +5,19 @@ CPU, that is where a decode step's time goes, the product then reads them a quar
 (``benchmarks/decode.py`` measures the whole step). Quantised weights will be other classes with
 the same two methods.
 
+Several of a checkpoint's matrices may stand side by side in one; its parts keep their names, by
+which adapters find them.
+
 Shapes: S rows, I width in, O width out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from kernels.adapter import BlockAdapter
 
 
 class Linear:
@@ -19,11 +26,19 @@ class Linear:
     Args:
         weight_OI: as in checkpoints; copied into the other order.
         bias_O: or none.
+        parts: names and widths of the matrices that stand side by side in it.
     """
 
-    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None = None,
+        *,
+        parts: Sequence[tuple[str, int]] = (),
+    ) -> None:
         self.weight_IO = weight_OI.t().contiguous()
         self.bias_O = bias_O
+        self._parts = tuple(parts)
 
     @property
     def num_parameters(self) -> int:
@@ -35,14 +50,31 @@ class Linear:
         """The memory that they take."""
         return self.num_parameters * self.weight_IO.itemsize
 
-    def apply(self, x_SI: torch.Tensor) -> torch.Tensor:
-        """The product, ``[S, O]``."""
+    def apply(self, x_SI: torch.Tensor, adapters: Sequence[BlockAdapter] = ()) -> torch.Tensor:
+        """The product, ``[S, O]``, with what adapters add to it."""
         if self.bias_O is None:
-            return torch.mm(x_SI, self.weight_IO)
-        return torch.addmm(self.bias_O, x_SI, self.weight_IO)
+            output_SO = torch.mm(x_SI, self.weight_IO)
+        else:
+            output_SO = torch.addmm(self.bias_O, x_SI, self.weight_IO)
+        return self._adapt(output_SO, x_SI, adapters) if adapters else output_SO
 
-    def add_to(self, sum_SO: torch.Tensor, x_SI: torch.Tensor) -> torch.Tensor:
+    def add_to(
+        self, sum_SO: torch.Tensor, x_SI: torch.Tensor, adapters: Sequence[BlockAdapter] = ()
+    ) -> torch.Tensor:
         """The product plus a residual, ``[S, O]``, in one pass; a new tensor."""
         if self.bias_O is not None:
             sum_SO = sum_SO + self.bias_O
-        return torch.addmm(sum_SO, x_SI, self.weight_IO)
+        output_SO = torch.addmm(sum_SO, x_SI, self.weight_IO)
+        return self._adapt(output_SO, x_SI, adapters) if adapters else output_SO
+
+    def _adapt(
+        self, output_SO: torch.Tensor, x_SI: torch.Tensor, adapters: Sequence[BlockAdapter]
+    ) -> torch.Tensor:
+        pairs = [[a.pairs[name] for a in adapters if name in a.pairs] for name, _ in self._parts]
+        if not any(pairs):
+            return output_SO
+        columns = list(torch.split(output_SO, [width for _, width in self._parts], dim=-1))
+        for number, of_part in enumerate(pairs):
+            for pair in of_part:
+                columns[number] = pair.add_to(columns[number], x_SI)
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)

@@ -5,9 +5,12 @@ Shapes: S rows, D hidden size, F feed-forward size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
+from kernels.adapter import BlockAdapter
 from kernels.linear import Linear
 
 
@@ -30,7 +33,9 @@ class GatedMLP:
         """Its weights."""
         return self._gate_up, self._down
 
-    def add_to(self, residual_SD: torch.Tensor, x_SD: torch.Tensor) -> torch.Tensor:
+    def add_to(
+        self, residual_SD: torch.Tensor, x_SD: torch.Tensor, adapters: Sequence[BlockAdapter] = ()
+    ) -> torch.Tensor:
         """What it makes of ``x``, added to the residual, ``[S, D]``."""
-        gate_SF, up_SF = self._gate_up.apply(x_SD).chunk(2, dim=-1)
-        return self._down.add_to(residual_SD, F.silu(gate_SF) * up_SF)
+        gate_SF, up_SF = self._gate_up.apply(x_SD, adapters).chunk(2, dim=-1)
+        return self._down.add_to(residual_SD, F.silu(gate_SF) * up_SF, adapters)

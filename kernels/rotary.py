@@ -68,7 +68,8 @@ class RotaryTable:
         """Cosines and signed sines of consecutive positions, each ``[tokens, 1, H]``, views."""
         end = start + tokens
         if end > self._cos_PH.shape[0]:
-            self._grow(max(end, 2 * self._cos_PH.shape[0]))
+            with torch.inference_mode(False):  # a backward pass may come to need them
+                self._grow(max(end, 2 * self._cos_PH.shape[0]))
         return self._cos_PH[start:end].unsqueeze(1), self._sin_PH[start:end].unsqueeze(1)
 
     def _grow(self, positions: int) -> None:

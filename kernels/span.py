@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.adapter import SpanAdapter
 from kernels.block import DecoderBlock, Place
 from kernels.checkpoint import Checkpoint
 from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
@@ -68,6 +69,7 @@ class Span:
         *,
         start: int | None = None,
         end: int | None = None,
+        adapters: Sequence[SpanAdapter] = (),
     ) -> torch.Tensor:
         """Runs new tokens of one or several sequences through blocks, ``[S, D]``.
 
@@ -78,6 +80,7 @@ class Span:
             segments: at most one for each sequence.
             start: first block, absolute; the span's by default.
             end: the block after the last one; likewise.
+            adapters: of all the sequences, for these blocks; see `write_prefixes`.
 
         Raises:
             CacheFull: a sequence was promised less.
@@ -98,7 +101,10 @@ class Span:
             try:
                 for index in range(first, last):
                     cache_KTH = arena.keys_KTH[index], arena.values_KTH[index]
-                    hidden_SD = self._blocks[index].step(hidden_SD, positions, places, cache_KTH)
+                    in_block = [adapter.in_block(self.start + index) for adapter in adapters]
+                    hidden_SD = self._blocks[index].step(
+                        hidden_SD, positions, places, cache_KTH, in_block
+                    )
             except torch.OutOfMemoryError as error:
                 raise OutOfDeviceMemory(
                     f"{self.device} has no memory for a step of {row} tokens; "
@@ -109,22 +115,71 @@ class Span:
         return hidden_SD
 
     def forward(
-        self, hidden_BSD: torch.Tensor, *, start: int | None = None, end: int | None = None
+        self,
+        hidden_BSD: torch.Tensor,
+        *,
+        start: int | None = None,
+        end: int | None = None,
+        mask_BS: torch.Tensor | None = None,
+        adapters: Sequence[SpanAdapter] = (),
     ) -> torch.Tensor:
         """Runs whole sequences through blocks, without a cache, ``[B, S, D]``.
 
-        Differentiable with respect to the input; the weights are constants.
+        Differentiable with respect to the input and to the adapters' numbers; the weights are
+        constants. `kernels.span_pass` does the same in parts, within bounded memory.
 
         Args:
             hidden_BSD: in the span's dtype.
             start: as for `step`.
             end: likewise.
+            mask_BS: true for real tokens, false for padding; none where all are real.
+            adapters: of all the sequences, for these blocks.
         """
         first, last = self._inside(start, end)
-        positions = self._rotary.at(0, hidden_BSD.shape[1])
-        for block in self._blocks[first:last]:
-            hidden_BSD = block.forward(hidden_BSD, positions)
+        prefix = sum(adapter.prefix_tokens for adapter in adapters)
+        positions = self.positions(hidden_BSD.shape[1], offset=prefix)
+        mask_BT = add_prefix_to_mask(mask_BS, prefix)
+        for number in range(self.start + first, self.start + last):
+            in_block = [adapter.in_block(number) for adapter in adapters]
+            hidden_BSD = self.block(number).forward(hidden_BSD, positions, mask_BT, in_block)
         return hidden_BSD
+
+    def block(self, number: int) -> DecoderBlock:
+        """One of its blocks, by its absolute number."""
+        return self._blocks[number - self.start]
+
+    def positions(self, tokens: int, *, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of a sequence's tokens, ``[tokens, 1, H]`` each.
+
+        Args:
+            tokens: how many.
+            offset: position of the first one.
+        """
+        return self._rotary.at(offset, tokens)
+
+    def write_prefixes(self, cache: SequenceCache, adapters: Sequence[SpanAdapter]) -> None:
+        """Makes the adapters' prefixes the first tokens of an empty cache.
+
+        Args:
+            cache: of a sequence that has no tokens yet.
+            adapters: each for at least the blocks that the sequence runs through.
+
+        Raises:
+            CacheFull: the sequence was promised less room.
+        """
+        length = 0
+        with torch.inference_mode():
+            for adapter in adapters:
+                if not adapter.prefix_tokens:
+                    continue
+                cache.extend(length + adapter.prefix_tokens)
+                first, last = max(adapter.start, self.start), min(adapter.end, self.end)
+                for number in range(first, last):
+                    prefix = adapter.in_block(number).prefix
+                    assert prefix is not None
+                    keys_KTH, values_KTH = (part_PKH.transpose(0, 1) for part_PKH in prefix)
+                    cache.write(number - self.start, length, keys_KTH, values_KTH)
+                length += adapter.prefix_tokens
 
     def _inside(self, start: int | None, end: int | None) -> tuple[int, int]:
         first = self.start if start is None else start
@@ -138,6 +193,14 @@ class Span:
         if len(parts) == 1:
             return parts[0]
         return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
+
+
+def add_prefix_to_mask(mask_BS: torch.Tensor | None, prefix_tokens: int) -> torch.Tensor | None:
+    """A mask of sequences that some tokens stand before, which everyone attends to."""
+    if mask_BS is None or not prefix_tokens:
+        return mask_BS
+    is_before = mask_BS.new_ones(mask_BS.shape[0], prefix_tokens)
+    return torch.cat((is_before, mask_BS), dim=1)
 
 
 def load_span(

@@ -50,6 +50,26 @@ _LLAMA = WeightNames(
 WEIGHT_NAMES: dict[str, WeightNames] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
 
 
+def linear_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Width in and out of a block's linear layers, by the last part of their checkpoint names.
+
+    These are the names that PEFT calls target modules.
+    """
+    names = WEIGHT_NAMES[config.family]
+    hidden, ffn = config.hidden_size, config.ffn_size
+    outs = (config.query_size, config.kv_size, config.kv_size)
+    sizes = {name: (hidden, out) for name, out in zip(names.qkv, outs, strict=True)}
+    sizes[names.output] = (config.query_size, hidden)
+    sizes |= dict.fromkeys(names.gate_up, (hidden, ffn))
+    sizes[names.down] = (ffn, hidden)
+    return {short_name(name): size for name, size in sizes.items()}
+
+
+def short_name(name: str) -> str:
+    """The last part of a name: ``q_proj``."""
+    return name.rpartition(".")[2]
+
+
 def block_shapes(config: ModelConfig, block: int) -> dict[str, tuple[int, ...]]:
     """Every tensor of a block, by its name in the checkpoint, with its shape there."""
     names = WEIGHT_NAMES[config.family]

@@ -34,7 +34,11 @@ ANY_BLOCKS = "auto"
 MAX_THREADS = 1024
 MAX_WAIT_S = 86400
 MAX_STOP_TIMEOUT_S = 3600.0
+MAX_HOSTED_ADAPTERS = 8
+"""What an announcement has room for."""
+
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MODE = re.compile(r"0?[0-7]{3}")
 _TEXT_WIDTH = 98
 
@@ -131,6 +135,19 @@ def _parse_address(text: str) -> Any:
 def _check_names(names: Sequence[str]) -> None:
     if not all(names):
         raise ValueError("expected names; an empty one came")
+
+
+def _check_adapters(texts: Sequence[str]) -> None:
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not _ADAPTER_NAME.fullmatch(name) or not equals or not folder:
+            raise ValueError(
+                f"{text!r} is no adapter; expected NAME=FOLDER, the name of up to 64 letters, "
+                "digits, dots, dashes and underscores"
+            )
+    names = [text.partition("=")[0] for text in texts]
+    if len(set(names)) != len(names) or len(names) > MAX_HOSTED_ADAPTERS:
+        raise ValueError(f"expected at most {MAX_HOSTED_ADAPTERS} adapters of different names")
 
 
 def _check_nothing(_: object) -> None:
@@ -254,6 +271,44 @@ class ServeConfig:
         default=512,
         check=_between(1, 65536),
         metavar="N",
+    )
+    max_pass_tokens: int = _setting(
+        "The most tokens of one piece of a batch that comes for a forward or backward pass; a "
+        "longer sequence cannot be trained on here.",
+        default=4096,
+        check=_between(1, 1 << 20),
+        metavar="N",
+    )
+    pass_bytes: int = _setting(
+        "Memory for what one backward pass needs of the forward. Larger pieces of a batch are cut "
+        "up, and blocks computed twice, to stay within it.",
+        default=1024 * 1024 * 1024,
+        check=_at_least(1),
+        metavar="BYTES",
+    )
+    max_passes: int = _setting(
+        "The most streams of forward and backward passes at one time.",
+        default=32,
+        check=_at_least(0),
+        metavar="N",
+    )
+    adapters: tuple[str, ...] = _setting(
+        "Adapters to host, each as NAME=FOLDER, in PEFT's format. Jobs choose one by its name.",
+        default=(),
+        check=_check_adapters,
+        metavar="NAME=FOLDER",
+    )
+    adapter_bytes: int = _setting(
+        "Memory for the adapters that clients lend; those that were not used for longest give way.",
+        default=256 * 1024 * 1024,
+        check=_at_least(0),
+        metavar="BYTES",
+    )
+    max_adapter_bytes: int = _setting(
+        "The largest adapter to take from a client, counting its part for the blocks here.",
+        default=32 * 1024 * 1024,
+        check=_between(0, 60 * 1024 * 1024),
+        metavar="BYTES",
     )
     memory_bytes: int = _setting(
         'Memory for weights and cache when blocks = "auto". 0: half of what is free.',

@@ -19,7 +19,12 @@ from kernels.errors import UnknownCodec
 from p2p.errors import RemoteProtocolError
 from p2p.wire.tensor import RAW, WireTensor
 
-WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIRE_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 _SUM_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -110,6 +115,44 @@ def check_rows(tensor: WireTensor, *, hidden_size: int, max_tokens: int) -> None
     _check_finite(_decode(tensor, hidden_size, max_tokens))
 
 
+def plain_tensor(tensor: WireTensor) -> torch.Tensor:
+    """A tensor of floats of any shape that came uncompressed; shares its memory, read-only.
+
+    Raises:
+        RemoteProtocolError: it is none.
+    """
+    dtype = _wire_dtype(tensor.dtype)
+    if tensor.codec != RAW:
+        raise RemoteProtocolError(f"a tensor came as {tensor.codec[:32]!r}; raw was expected")
+    if not tensor.data:
+        return torch.empty(tensor.shape, dtype=dtype)
+    data = torch.frombuffer(tensor.data, dtype=torch.uint8)
+    if data.data_ptr() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).view(tensor.shape)
+
+
+def mask_from_wire(tensor: WireTensor, sequences: int, tokens: int) -> torch.Tensor:
+    """An attention mask, bool ``[sequences, tokens]``, true for real tokens.
+
+    Raises:
+        RemoteProtocolError: it is none of that shape.
+    """
+    if (tensor.dtype, tensor.codec) != ("uint8", RAW) or tensor.shape != (sequences, tokens):
+        raise RemoteProtocolError(
+            f"a mask of {tensor.dtype} {list(tensor.shape)} came; "
+            f"uint8 [{sequences}, {tokens}] was expected"
+        )
+    return torch.frombuffer(tensor.data, dtype=torch.uint8).view(sequences, tokens) != 0
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether every number is finite; one pass, without a tensor of answers."""
+    # A sum is finite just when every number is, but for sums beyond 1e38, which no model's hidden
+    # states come near.
+    return math.isfinite(values.sum(dtype=_SUM_DTYPES.get(values.dtype)))
+
+
 def _decode(tensor: WireTensor, hidden_size: int, max_tokens: int) -> torch.Tensor:
     codec = check_wire(tensor, hidden_size=hidden_size, max_tokens=max_tokens)
     data_SR = torch.frombuffer(tensor.data, dtype=torch.uint8).view(tensor.shape[0], -1)
@@ -117,9 +160,7 @@ def _decode(tensor: WireTensor, hidden_size: int, max_tokens: int) -> torch.Tens
 
 
 def _check_finite(rows_SD: torch.Tensor) -> None:
-    # One pass: a sum is finite just when every number is, but for sums beyond 1e38, which no
-    # model's hidden states come near.
-    if not math.isfinite(rows_SD.sum(dtype=_SUM_DTYPES.get(rows_SD.dtype))):
+    if not all_finite(rows_SD):
         raise RemoteProtocolError(f"hidden states came with numbers not finite in {rows_SD.dtype}")
 
 

@@ -99,6 +99,10 @@ class OpenSession(Message):
         previous: the peer whose pushes are to be taken; none for the first hop.
         codec: in which the hop is to write its outputs; it reads any that it knows.
         cache_from: the peer that may hand its cache over to this hop.
+        adapter: the digest of an adapter's part for these blocks, which was lent to the server
+            (`p2p.wire.pass_messages.LendAdapter`); a server that does not have it any more refuses
+            with ``unknown_adapter``.
+        hosted: the name of an adapter that the server hosts itself.
     """
 
     session: SessionId
@@ -109,6 +113,8 @@ class OpenSession(Message):
     previous: PeerName | None = None
     codec: Name = "raw"
     cache_from: PeerName | None = None
+    adapter: Digest | None = None
+    hosted: Name | None = None
 
 
 @message("session_opened")

@@ -19,7 +19,15 @@ from p2p.errors import LocalProtocolError, RemoteProtocolError
 TENSOR_EXTENSION = 1
 """The msgpack extension type of a tensor."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1}
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+}
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 1 << 32
 RAW = "raw"
