@@ -36,10 +36,18 @@ from p2p.wire.control_messages import (
     SwarmRequest,
 )
 from p2p.wire.message import Message
+from p2p.wire.training_messages import (
+    BackwardBatch,
+    BatchRows,
+    ForgetForward,
+    ForwardBatch,
+    PutAdapter,
+)
 from petald.config import DaemonConfig
 from petald.errors import BadRequest, PetaldError, SocketInUse, raise_alone
 from petald.generation import GenerationJob, KeptSession
 from petald.log import get_logger, log_context
+from petald.training_jobs import TrainingJobs, TrainingState
 
 log = get_logger(__name__)
 
@@ -50,6 +58,20 @@ SEND_DEADLINE_S = 60.0
 """For an app that does not read: its job ends, rather than hold caches on other machines."""
 
 CODE_CANCELLED = "cancelled"
+
+TRAINING = (PutAdapter, ForwardBatch, BackwardBatch, ForgetForward)
+Request = (
+    StatusRequest
+    | SwarmRequest
+    | Generate
+    | CloseSession
+    | Drain
+    | PutAdapter
+    | ForwardBatch
+    | BackwardBatch
+    | ForgetForward
+)
+REQUESTS = (StatusRequest, SwarmRequest, Generate, CloseSession, Drain, *TRAINING)
 
 Send = Callable[[Message], Awaitable[None]]
 
@@ -67,11 +89,13 @@ class Jobs:
         report_swarm: Callable[[SwarmRequest], Awaitable[Message]],
         make_generation: Callable[[Generate, Send], Awaitable[GenerationJob]],
         drain: Callable[[Drain], Awaitable[Message]],
+        training: TrainingJobs,
     ) -> None:
         self.report_status = report_status
         self.report_swarm = report_swarm
         self.make_generation = make_generation
         self.drain = drain
+        self.training = training
         self.running = 0
 
 
@@ -111,6 +135,7 @@ class _Connection:
 
     messages: MessageStream
     nursery: trio.Nursery
+    training: TrainingState
     jobs: dict[int, trio.CancelScope] = field(default_factory=dict)
     kept: dict[str, KeptSession] = field(default_factory=dict)
     sessions_in_use: set[str] = field(default_factory=set)
@@ -163,18 +188,26 @@ async def _serve_connection(
 
 
 async def _run_connection(messages: MessageStream, jobs: Jobs) -> None:
-    async with trio.open_nursery() as nursery:
-        connection = _Connection(messages, nursery)
-        try:
-            while (request := await messages.receive()) is not None:
-                await _take_request(connection, request, jobs)
-        except RemoteProtocolError as error:
-            log.info("app sent what is no request", code=error.code, reason=str(error))
-            with contextlib.suppress(StreamBroken):
-                await connection.send(JobFailed(job=0, code=error.code, text=str(error)))
-        except StreamBroken:
-            pass
-        nursery.cancel_scope.cancel()
+    training = TrainingState()
+    try:
+        async with trio.open_nursery() as nursery:
+            connection = _Connection(messages, nursery, training)
+            await _read_requests(connection, jobs)
+            nursery.cancel_scope.cancel()
+    finally:
+        training.close()
+
+
+async def _read_requests(connection: _Connection, jobs: Jobs) -> None:
+    try:
+        while (request := await connection.messages.receive()) is not None:
+            await _take_request(connection, request, jobs)
+    except RemoteProtocolError as error:
+        log.info("app sent what is no request", code=error.code, reason=str(error))
+        with contextlib.suppress(StreamBroken):
+            await connection.send(JobFailed(job=0, code=error.code, text=str(error)))
+    except StreamBroken:
+        pass
 
 
 async def _take_request(connection: _Connection, request: Message, jobs: Jobs) -> None:
@@ -183,7 +216,10 @@ async def _take_request(connection: _Connection, request: Message, jobs: Jobs) -
         if scope is not None:
             scope.cancel()
         return
-    if not isinstance(request, StatusRequest | SwarmRequest | Generate | CloseSession | Drain):
+    if isinstance(request, BatchRows):
+        connection.training.take_rows(request)
+        return
+    if not isinstance(request, REQUESTS):
         raise RemoteProtocolError(f"{request.MESSAGE_NAME!r} is no request")
     if request.job in connection.jobs:
         raise RemoteProtocolError(f"job {request.job} runs already on this connection")
@@ -191,13 +227,15 @@ async def _take_request(connection: _Connection, request: Message, jobs: Jobs) -
         text = f"this connection has {MAX_JOBS} jobs already; wait for one to end"
         await connection.send(JobFailed(job=request.job, code="overloaded", text=text))
         return
+    if isinstance(request, ForwardBatch | BackwardBatch):  # whose rows come next
+        jobs.training.expect(request, connection.training)
     scope = connection.jobs[request.job] = trio.CancelScope()
     connection.nursery.start_soon(_run_job, connection, request, scope, jobs)
 
 
 async def _run_job(
     connection: _Connection,
-    request: StatusRequest | SwarmRequest | Generate | CloseSession | Drain,
+    request: Request,
     scope: trio.CancelScope,
     jobs: Jobs,
 ) -> None:
@@ -222,7 +260,7 @@ async def _run_job(
 
 async def _do_job(
     connection: _Connection,
-    request: StatusRequest | SwarmRequest | Generate | CloseSession | Drain,
+    request: Request,
     jobs: Jobs,
 ) -> None:
     if isinstance(request, StatusRequest):
@@ -233,6 +271,8 @@ async def _do_job(
         await _generate(connection, request, jobs)
     elif isinstance(request, Drain):
         await connection.send(await jobs.drain(request))
+    elif isinstance(request, TRAINING):
+        await jobs.training.run(request, connection.training, connection.send)
     else:
         kept = connection.kept.pop(request.session, None)
         if kept is not None:

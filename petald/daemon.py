@@ -29,9 +29,11 @@ from petald.generation import GenerationJob
 from petald.local_model import LocalModels
 from petald.log import get_logger
 from petald.notify import notify_ready, notify_stopping
+from petald.pass_link import PassLinks
 from petald.reports import Reporter
 from petald.router import MEASURE_PERIOD_S, Router
 from petald.serving import Serving, load_serving
+from petald.training_jobs import TrainingJobs
 
 log = get_logger(__name__)
 
@@ -117,11 +119,14 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
                 server.stop_accepting()
                 await announcer.withdraw()
                 if server.is_draining:  # it was not taken back meanwhile
-                    await server.drain(deadline_s=request.within_s)
+                    await serving.drain(deadline_s=request.within_s)
             log.info("taken back" if request.undo else "drained", sessions=server.sessions)
             return Drained(job=request.job, sessions=before, left=server.sessions)
 
+        links = PassLinks(network)
+        await nursery.start(links.run)
         jobs = Jobs(
+            training=TrainingJobs(models, router, links, max_wait_s=config.route.max_wait_s),
             drain=drain,
             report_status=reporter.report_status,
             report_swarm=reporter.report_swarm,
@@ -148,7 +153,7 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
         if serving is not None:
             serving.server.stop_accepting()
             await announcer.withdraw()
-            await serving.server.drain(deadline_s=config.daemon.stop_timeout_s)
+            await serving.drain(deadline_s=config.daemon.stop_timeout_s)
         nursery.cancel_scope.cancel()
 
 

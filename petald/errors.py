@@ -65,13 +65,27 @@ class HopFailed(PetaldError):
 
     Attributes:
         peer: the hop's.
+        reason: a stable name for how it failed; a peer's own, where it said one.
     """
 
     code = "hop_failed"
 
-    def __init__(self, text: str, *, peer: str) -> None:
+    def __init__(self, text: str, *, peer: str, reason: str = "") -> None:
         super().__init__(text)
         self.peer = peer
+        self.reason = reason
+
+
+class NotFinite(PetaldError):
+    """Several servers agree that a result is not finite: lower the learning rate, or the values."""
+
+    code = "not_finite"
+
+
+class UnknownForward(PetaldError):
+    """The forward pass is not kept (any more): run it again."""
+
+    code = "unknown_forward"
 
 
 class SessionLost(PetaldError):

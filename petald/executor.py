@@ -86,9 +86,17 @@ class Executor:
         function: Callable[..., T],
         *args: Any,
         priority: Priority = Priority.DECODE,
+        tokens: int = 1,
         peer: str = "",
     ) -> T:
         """Runs a function on the device's thread, which all peers share equally.
+
+        Args:
+            function: what to run.
+            args: for it.
+            priority: its kind.
+            tokens: how many rows it computes, which is what peers share by.
+            peer: who asked for it.
 
         Raises:
             ExecutorClosed: the thread has ended, or ends before the function's turn.
@@ -96,7 +104,7 @@ class Executor:
         Cancellation: either it never ran, or it has ended; its result is lost.
         """
         call: BatchFunction = functools.partial(_call_one, function)
-        timed = await self._submit(Work(self._pending(call, args), priority, peer=peer))
+        timed = await self._submit(Work(self._pending(call, args), priority, tokens, peer=peer))
         value: T = timed.value
         return value
 
@@ -133,6 +141,10 @@ class Executor:
     def queued_tokens_of(self, priority: Priority) -> int:
         """How many rows of one kind wait."""
         return self._scheduler.queued_tokens(priority)
+
+    def is_wanted_before(self, priority: Priority) -> bool:
+        """Whether more urgent work waits, for which a long piece of work makes way."""
+        return self._scheduler.is_wanted_before(priority)
 
     @property
     def mean_queue_s(self) -> float:

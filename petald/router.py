@@ -143,6 +143,16 @@ class Router:
         self._views[model.fingerprint] = (trio.current_time(), view)
         return view
 
+    @property
+    def codec(self) -> str:
+        """In which hidden states travel, as configured."""
+        return self._config.codec
+
+    @property
+    def histories(self) -> HistoryStore:
+        """Where what jobs sent is kept."""
+        return self._histories
+
     def known_view(self, model: ModelIdentity) -> SwarmView | None:
         """The view that was read last."""
         known = self._views.get(model.fingerprint)

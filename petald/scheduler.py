@@ -81,6 +81,10 @@ class Scheduler(Generic[T]):
         """How many rows of a kind wait; another thread may read it."""
         return self._lines[priority].tokens
 
+    def is_wanted_before(self, priority: Priority) -> bool:
+        """Whether work waits that is more urgent than this kind; another thread may read it."""
+        return any(self._lines[kind].pieces for kind in Priority if kind < priority)
+
     def add(self, work: Work[T]) -> None:
         """Queues a piece of work, behind all that its peer has queued of its kind."""
         self._lines[work.priority].add(work)

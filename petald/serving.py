@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -14,14 +15,17 @@ from kernels.checkpoint import Checkpoint
 from kernels.kv_cache import CacheArena
 from kernels.span import Span, load_span
 from p2p.network import Network
+from petald.adapter_store import AdapterStore
 from petald.config import ServeConfig
 from petald.devices import dtype_name, free_memory_bytes, parse_device, parse_dtype
 from petald.errors import ConfigError
 from petald.executor import Executor
+from petald.hosted_passes import HostedPasses
 from petald.hosted_span import HostedSpan
 from petald.local_model import ModelIdentity, identify_model
 from petald.log import get_logger
 from petald.notify import notify_status
+from petald.pass_server import PassServer
 from petald.placement import MEMORY_SHARE, choose_span, count_fitting_blocks, parse_blocks
 from petald.router import Router
 from petald.server import Server
@@ -46,6 +50,7 @@ class Serving:
     identity: ModelIdentity
     hosted: HostedSpan
     server: Server
+    pass_server: PassServer
     network: Network
     step_ms: float
     next_hops: list[str] = field(default_factory=list)
@@ -71,6 +76,12 @@ class Serving:
             version=VERSION,
             addresses=self.network.addresses[:16],
         )
+
+    async def drain(self, *, deadline_s: float) -> None:
+        """Lets sessions move and passes end; see `Server.drain`."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(self.pass_server.drain, deadline_s=deadline_s))
+            await self.server.drain(deadline_s=deadline_s)
 
     async def measure_next_hops(self, router: Router, rng: random.Random) -> None:
         """Measures the way to those servers that a session here is likely to go on to."""
@@ -121,8 +132,26 @@ async def load_serving(
     notify_status(f"serving blocks {start}:{end} of {identity.name}")
     server = Server(network, hosted, fingerprint=identity.fingerprint, config=config)
     server.start()
+    pass_server = PassServer(
+        network,
+        HostedPasses(hosted.span, executor, pass_bytes=config.pass_bytes),
+        adapters=AdapterStore(
+            hosted.span,
+            limit_bytes=config.adapter_bytes,
+            max_adapter_bytes=config.max_adapter_bytes,
+        ),
+        fingerprint=identity.fingerprint,
+        config=config,
+        is_draining=lambda: server.is_draining,
+    )
+    pass_server.start()
     return Serving(
-        identity=identity, hosted=hosted, server=server, network=network, step_ms=step_ms
+        identity=identity,
+        hosted=hosted,
+        server=server,
+        pass_server=pass_server,
+        network=network,
+        step_ms=step_ms,
     )
 
 

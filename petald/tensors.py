@@ -8,11 +8,15 @@ Shapes: S tokens, D hidden size.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+import trio
 
 from kernels.codecs import Codec, find_codec
 from kernels.errors import UnknownCodec
@@ -25,6 +29,11 @@ WIRE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+LARGE_BYTES = 1 << 20
+"""Going over so many takes some tenths of a millisecond, as handing them to a thread does."""
+
+T = TypeVar("T")
 
 _SUM_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -132,6 +141,33 @@ def plain_tensor(tensor: WireTensor) -> torch.Tensor:
     return data.view(dtype).view(tensor.shape)
 
 
+def slice_rows(tensor: WireTensor, rows: slice) -> WireTensor:
+    """Some rows of hidden states, as they are encoded; shares their memory."""
+    count, width = tensor.shape
+    start, end, _ = rows.indices(count)
+    if (start, end) == (0, count):
+        return tensor
+    row_bytes = len(tensor.data) // count
+    data = memoryview(tensor.data)[start * row_bytes : end * row_bytes]
+    return WireTensor(tensor.dtype, (end - start, width), data, tensor.codec)
+
+
+def join_rows(parts: Sequence[WireTensor]) -> WireTensor:
+    """Hidden states of one dtype and codec, one after the other.
+
+    Raises:
+        RemoteProtocolError: they are of several.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any((part.dtype, part.codec) != (first.dtype, first.codec) for part in parts):
+        raise RemoteProtocolError("hidden states came in several dtypes or codecs")
+    rows = sum(part.shape[0] for part in parts)
+    data = b"".join(part.data for part in parts)
+    return WireTensor(first.dtype, (rows, first.shape[1]), data, first.codec)
+
+
 def mask_from_wire(tensor: WireTensor, sequences: int, tokens: int) -> torch.Tensor:
     """An attention mask, bool ``[sequences, tokens]``, true for real tokens.
 
@@ -151,6 +187,16 @@ def all_finite(values: torch.Tensor) -> bool:
     # A sum is finite just when every number is, but for sums beyond 1e38, which no model's hidden
     # states come near.
     return math.isfinite(values.sum(dtype=_SUM_DTYPES.get(values.dtype)))
+
+
+async def off_loop(function: Callable[..., T], *args: Any, size_bytes: int) -> T:
+    """Calls a function that goes over so many bytes: in a thread, where they are many.
+
+    Cancellation: waits for the thread's end.
+    """
+    if size_bytes < LARGE_BYTES:
+        return function(*args)
+    return await trio.to_thread.run_sync(functools.partial(function, *args))
 
 
 def _decode(tensor: WireTensor, hidden_size: int, max_tokens: int) -> torch.Tensor:

@@ -1,0 +1,188 @@
+"""A lane: one of the parallel chains that a batch goes through, and what becomes of it.
+
+Pieces know nothing of each other, so a lane is but a plan: which server runs which blocks now. Who
+finds that a hop fails has it replaced; the pieces that come later, and those that failed with it,
+find the new one. Invariant: the hops of a lane cover its blocks, in order, without a gap.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import trio
+
+from kernels.errors import BadAdapter
+from p2p.wire.pass_messages import CODE_NOT_FINITE, CODE_SEQUENCE_TOO_LONG
+from petald.errors import HopFailed, MissingBlocks, NotFinite
+from petald.routing import Hop
+from petald.session_actions import Moved, Waiting
+
+RETRY_S = 1.0
+"""Between two looks for a server where there is none."""
+
+FINAL_REASONS = (CODE_NOT_FINITE, CODE_SEQUENCE_TOO_LONG, "missing_adapter")
+"""Where no other server is left after such a failure, waiting is of no use."""
+
+INNOCENT_REASONS = ("draining", "overloaded", CODE_SEQUENCE_TOO_LONG, "missing_adapter")
+"""A server that refuses in good faith is not used by this job, but not penalised."""
+
+News = Callable[[Moved | Waiting], None]
+
+
+class PassChooser(Protocol):
+    """Who knows the swarm."""
+
+    async def choose_lanes(
+        self, *, start: int, end: int, max_lanes: int, excluded: frozenset[str], is_retry: bool
+    ) -> Sequence[Sequence[Hop]]:
+        """Parallel chains for some blocks, the widest first.
+
+        Raises:
+            MissingBlocks: nobody can run some of them now.
+        """
+
+    def penalise(self, peer: str) -> None:
+        """A peer did not do its part."""
+
+
+@dataclass(eq=False, slots=True)
+class LaneKeeper:
+    """What the lanes of one batch share.
+
+    Attributes:
+        chooser: finds servers.
+        max_wait_s: how long to wait where nobody can run some blocks.
+        on_news: told of what happens to a chain; must not block.
+        excluded: peers that failed here.
+        repeated: how many requests failed.
+    """
+
+    chooser: PassChooser
+    max_wait_s: float
+    on_news: News
+    excluded: set[str] = field(default_factory=set)
+    repeated: int = 0
+
+    async def choose(
+        self, start: int, end: int, *, max_lanes: int = 1, last: Exception | None = None
+    ) -> Sequence[Sequence[Hop]]:
+        """Chains for some blocks; waits where there are none.
+
+        Args:
+            start: first block.
+            end: the block after the last one.
+            max_lanes: how many.
+            last: how the server failed that is to be replaced.
+
+        Raises:
+            MissingBlocks: it was waited long enough.
+            HopFailed, BadAdapter: as ``last``, where it is of no use to wait.
+        """
+        began_at = trio.current_time()
+        while True:
+            try:
+                return await self.chooser.choose_lanes(
+                    start=start,
+                    end=end,
+                    max_lanes=max_lanes,
+                    excluded=frozenset(self.excluded),
+                    is_retry=last is not None,
+                )
+            except MissingBlocks as error:
+                if last is not None and is_final(last):
+                    raise last from error
+                waited_s = trio.current_time() - began_at
+                if waited_s >= self.max_wait_s:
+                    raise
+                self.on_news(Waiting(str(error), waited_s, self.max_wait_s))
+            # Whoever failed once may be back; the penalties still make it the last choice.
+            self.excluded.clear()
+            await trio.sleep(min(RETRY_S, self.max_wait_s))
+
+
+class Lane:
+    """One chain.
+
+    Args:
+        keeper: of the batch.
+        hops: that cover its blocks.
+    """
+
+    def __init__(self, keeper: LaneKeeper, hops: Sequence[Hop]) -> None:
+        self._keeper = keeper
+        self._hops = tuple(hops)
+        self._lock = trio.Lock()
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """As they are now."""
+        return self._hops
+
+    def hops_between(self, start: int, end: int) -> tuple[Hop, ...]:
+        """The hops for some blocks, the first and the last cut to fit."""
+        return tuple(
+            replace(hop, start=max(hop.start, start), end=min(hop.end, end))
+            for hop in self._hops
+            if hop.start < end and start < hop.end
+        )
+
+    async def replace(self, failed: Hop, error: HopFailed | BadAdapter) -> None:
+        """Finds others for the blocks of a hop that failed, unless that was done meanwhile.
+
+        Raises:
+            MissingBlocks: there are none, for longer than is to be waited.
+            HopFailed, BadAdapter: it is of no use to wait.
+        """
+        keeper = self._keeper
+        keeper.repeated += 1
+        began_at = trio.current_time()
+        async with self._lock:
+            at = next((n for n, hop in enumerate(self._hops) if _holds(hop, failed)), None)
+            if at is None:
+                return
+            reason = error.reason if isinstance(error, HopFailed) else error.code
+            if reason not in INNOCENT_REASONS and isinstance(error, HopFailed):
+                keeper.chooser.penalise(failed.peer)
+            keeper.excluded.add(failed.peer)
+            old = self._hops[at]
+            chains = await keeper.choose(old.start, old.end, last=error)
+            new = tuple(chains[0])
+            self._hops = (*self._hops[:at], *new, *self._hops[at + 1 :])
+        keeper.on_news(
+            Moved(
+                old.start,
+                old.end,
+                (old.peer,),
+                tuple(hop.peer for hop in new),
+                reason or "hop_failed",
+                silent_s=0.0,
+                pause_s=trio.current_time() - began_at,
+                replayed_tokens=0,
+                handed_over_tokens=0,
+            )
+        )
+
+
+def is_final(error: Exception) -> bool:
+    """Whether another try at the same server would end the same."""
+    if isinstance(error, HopFailed):
+        return error.reason in FINAL_REASONS
+    return isinstance(error, BadAdapter | NotFinite)
+
+
+def borders_of(lanes: Sequence[Lane]) -> int:
+    """How many hops there are in all."""
+    return sum(len(lane.hops) for lane in lanes)
+
+
+def largest_hop(lanes: Sequence[Lane]) -> int:
+    """The most blocks that one hop has."""
+    hops = itertools.chain.from_iterable(lane.hops for lane in lanes)
+    return max(hop.end - hop.start for hop in hops)
+
+
+def _holds(hop: Hop, failed: Hop) -> bool:
+    return hop.peer == failed.peer and hop.start <= failed.start and failed.end <= hop.end
