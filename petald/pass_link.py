@@ -122,7 +122,7 @@ class PassLink:
         self._window = trio.CapacityLimiter(WINDOW)
         self._requests: dict[int, _Request] = {}
         self._numbers = 0
-        self._lent: set[bytes] = set()
+        self._lent: dict[bytes, int] = {}  # with the number of the request that lent it
         self._heard_at = 0.0
         self._is_open = trio.Event()
         self._failure: tuple[str, str] | None = None
@@ -210,13 +210,15 @@ class PassLink:
             for _ in range(MAX_LENDS):
                 lending = await self._lend(adapter)
                 digest = None if adapter is None else self._part(adapter).digest
+                lent_by = None if digest is None else self._lent[digest]
                 answer = await self._exchange(make_request, digest)
                 if isinstance(answer, result):
                     return answer
                 failed = answer if isinstance(answer, PassFailed) else None
                 if failed is None or failed.code != CODE_UNKNOWN_ADAPTER or digest is None:
                     break
-                self._lent.discard(digest)
+                if self._lent.get(digest) == lent_by:  # nobody lent it again meanwhile
+                    del self._lent[digest]
                 if lending is not None:  # its own answer, which came before, says why
                     self._check_lent(lending)
         if isinstance(answer, PassFailed):
@@ -245,8 +247,8 @@ class PassLink:
                 f"{len(part.values.data)} bytes; their server takes {self._max_adapter_bytes}. Use "
                 "a lower rank, fewer target modules, or fewer prompt tokens"
             )
-        self._lent.add(part.digest)
         number, request = self._begin()
+        self._lent[part.digest] = number
         await self._send(
             LendAdapter(number=number, adapter=part.digest, form=part.form, values=part.values)
         )
