@@ -60,6 +60,9 @@ MOST_SILENCE_S = 600.0
 IDLE_S = 120.0
 """A link that no job used for so long is closed."""
 
+MAX_LENT = 1024
+"""Adapters that a link remembers to have lent."""
+
 MAX_LENDS = 3
 """Times that one piece's adapter is lent again, before the server counts as failed."""
 
@@ -249,6 +252,8 @@ class PassLink:
             )
         number, request = self._begin()
         self._lent[part.digest] = number
+        if len(self._lent) > MAX_LENT:  # of a long training run, whose first ones are long gone
+            del self._lent[next(iter(self._lent))]
         await self._send(
             LendAdapter(number=number, adapter=part.digest, form=part.form, values=part.values)
         )
