@@ -27,6 +27,7 @@ from p2p.wire.tensor import WireTensor
 from petald.batch_pass import BatchForm
 from petald.config import ServeConfig
 from petald.errors import BadRequest, HopFailed, MissingBlocks, NotFinite
+from petald.lent_adapter import LentAdapter
 from petald.session_actions import Moved, Waiting
 from tests.helpers.pass_world import (
     Collected,
@@ -398,3 +399,31 @@ async def test_decode_steps_go_before_a_pass(checkpoint: Checkpoint) -> None:
         )
         assert world.passes[0].times_made_way > 4
         assert steps > 4
+
+
+async def test_gradients_are_those_of_the_function_that_is_computed(
+    checkpoint: Checkpoint,
+) -> None:
+    """Numerically: central differences of whole forward passes, in float64."""
+    async with open_pass_world(checkpoint, (0, 2), (2, 4)) as world:
+        adapter = make_adapter(world, BOTH)
+        form = replace(make_form(world, sequences=2, tokens=3), adapter=adapter)
+        generator = torch.Generator().manual_seed(3)
+        hidden_BSD, gradient_BSD, way_BSD = (
+            torch.randn(2, 3, WIDTH, generator=generator, dtype=torch.float64) for _ in range(3)
+        )
+        way_LE = torch.randn(adapter.values_LE.shape, generator=generator, dtype=torch.float64)
+        batch = world.batch(form)
+        await run_forward(world, batch, hidden_BSD)
+        of_hidden, of_adapter = await run_backward(world, batch, gradient_BSD)
+        assert of_adapter is not None
+
+        async def value(step: float) -> float:
+            moved = LentAdapter(BOTH, 0, adapter.values_LE + step * way_LE)
+            passing = world.batch(replace(form, adapter=moved, is_kept=False))
+            output_BSD = await run_forward(world, passing, hidden_BSD + step * way_BSD)
+            return float((output_BSD * gradient_BSD).sum())
+
+        slope = (await value(1e-6) - await value(-1e-6)) / 2e-6
+        told = float((of_hidden * way_BSD).sum() + (of_adapter * way_LE).sum())
+        assert told == pytest.approx(slope, rel=1e-6)
