@@ -65,6 +65,15 @@ def linear_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return {short_name(name): size for name, size in sizes.items()}
 
 
+def linear_names(config: ModelConfig) -> tuple[str, ...]:
+    """A block's linear layers by their names in checkpoints, with ``{block}`` for its number.
+
+    In the order of `linear_sizes`.
+    """
+    names = WEIGHT_NAMES[config.family]
+    return (*names.qkv, names.output, *names.gate_up, names.down)
+
+
 def short_name(name: str) -> str:
     """The last part of a name: ``q_proj``."""
     return name.rpartition(".")[2]
