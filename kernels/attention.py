@@ -65,8 +65,8 @@ def attend_batch(
         query_BSNH: of the last S tokens.
         keys_BTKH: of all tokens.
         values_BTKH: likewise.
-        mask_BT: true for the tokens that others may attend to; a token always attends to itself, so
-            that padding gives numbers, though useless ones. None: all are.
+        mask_BT: true for the tokens that may be attended to; none: all. A token that may attend to
+            none, such as padding on the left, gets zeros, as Hugging Face has it.
     """
     batch, tokens, heads, head_size = query_BSNH.shape
     total = keys_BTKH.shape[1]
@@ -77,11 +77,9 @@ def attend_batch(
         is_before_ST = torch.ones(tokens, total, dtype=torch.bool, device=device).tril(
             total - tokens
         )
-        if mask_BT is None:
-            mask = is_before_ST
-        else:
-            is_self_ST = torch.eye(total, dtype=torch.bool, device=device)[total - tokens :]
-            mask = ((is_before_ST & mask_BT[:, None, :]) | is_self_ST)[:, None]
+        mask = is_before_ST
+        if mask_BT is not None:
+            mask = (is_before_ST & mask_BT[:, None, :])[:, None]
     output_BNSH = F.scaled_dot_product_attention(
         query_BSNH.transpose(1, 2),
         keys_BTKH.transpose(1, 2).repeat_interleave(shared, dim=1),

@@ -63,6 +63,7 @@ class Client:
     ) -> None:
         self._answer_timeout_s = answer_timeout_s
         self._connection = ControlConnection()
+        self._receive_bytes = RECEIVE_BYTES
         self._socket = _connect(socket_path)
 
     def __enter__(self) -> Self:
@@ -176,7 +177,7 @@ class Client:
         else:
             self._socket.settimeout(max(0.001, deadline - time.monotonic()))
         try:
-            data = self._socket.recv(RECEIVE_BYTES)
+            data = self._socket.recv(self._receive_bytes)
         except TimeoutError as error:
             raise JobError(
                 "deadline_exceeded", "the daemon did not answer in time; look into its log"

@@ -32,18 +32,73 @@ from p2p.wire.control_messages import (
 )
 from p2p.wire.frame import HEADER_BYTES, FrameParser
 from p2p.wire.message import Message, decode_message, encode_message
+from p2p.wire.tensor import WireTensor
+from p2p.wire.training_messages import (
+    AdapterGradient,
+    AdapterKept,
+    BackwardBatch,
+    BackwardDone,
+    BatchRows,
+    ForgetForward,
+    ForwardBatch,
+    ForwardDone,
+    ForwardForgotten,
+    HiddenOpened,
+    HiddenStepDone,
+    OpenHiddenSession,
+    PutAdapter,
+    RunHiddenStep,
+)
 from petalctl.errors import CommandError, ConnectionLost, DaemonUnreachable, JobError
 
-Request = StatusRequest | SwarmRequest | Generate | CloseSession | Drain
-Answer = StatusReport | SwarmReport | Progress | Generated | GenerateDone | SessionClosed | Drained
+Request = (
+    StatusRequest
+    | SwarmRequest
+    | Generate
+    | CloseSession
+    | Drain
+    | PutAdapter
+    | ForwardBatch
+    | BackwardBatch
+    | ForgetForward
+    | OpenHiddenSession
+    | RunHiddenStep
+)
+Answer = (
+    StatusReport
+    | SwarmReport
+    | Progress
+    | Generated
+    | GenerateDone
+    | SessionClosed
+    | Drained
+    | AdapterKept
+    | BatchRows
+    | AdapterGradient
+    | ForwardDone
+    | BackwardDone
+    | ForwardForgotten
+    | HiddenOpened
+    | HiddenStepDone
+)
 
-_PIECES: dict[type[Message], tuple[type[Message], ...]] = {Generate: (Progress, Generated)}
+_PIECES: dict[type[Message], tuple[type[Message], ...]] = {
+    Generate: (Progress, Generated),
+    ForwardBatch: (Progress, BatchRows),
+    BackwardBatch: (Progress, BatchRows, AdapterGradient),
+}
 _RESULTS: dict[type[Message], type[Message]] = {
     StatusRequest: StatusReport,
     SwarmRequest: SwarmReport,
     Generate: GenerateDone,
     CloseSession: SessionClosed,
     Drain: Drained,
+    PutAdapter: AdapterKept,
+    ForwardBatch: ForwardDone,
+    BackwardBatch: BackwardDone,
+    ForgetForward: ForwardForgotten,
+    OpenHiddenSession: HiddenOpened,
+    RunHiddenStep: HiddenStepDone,
 }
 
 
@@ -80,6 +135,22 @@ class ControlConnection:
         session = request.session if isinstance(request, Generate) else ""
         self._jobs[job] = _Job(type(request), session)
         return job, frame
+
+    def rows_frame(self, job: int, row: int, hidden: WireTensor) -> bytes:
+        """What is to be sent so that a job gets rows of its batch; nothing where it has ended.
+
+        Raises:
+            JobError: the rows cannot be sent.
+        """
+        known = self._jobs.get(job)
+        if known is None or known.has_ended or self._failure is not None:
+            return b""
+        try:
+            return encode_message(
+                BatchRows(job=job, row=row, hidden=hidden), max_frame_bytes=MAX_CONTROL_FRAME_BYTES
+            )
+        except LocalProtocolError as error:
+            raise JobError("message_too_large", f"the rows cannot be sent: {error}") from error
 
     def cancel(self, job: int) -> bytes:
         """What is to be sent so that the job ends early; its answers go on to its last one."""
