@@ -11,7 +11,9 @@ Shapes: D hidden size, L blocks, E numbers of an adapter's block.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import itertools
+import math
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -28,9 +30,10 @@ from p2p.wire.tensor import RAW, WireTensor
 from petald.batch_rows import IncomingRows
 from petald.errors import BadRequest, HopFailed, NotFinite, raise_alone
 from petald.history import HistoryStore, InputHistory
-from petald.lanes import Lane, LaneKeeper, borders_of, largest_hop
+from petald.lanes import Lane, LaneKeeper, largest_hop, make_lanes
 from petald.lent_adapter import LentAdapter
 from petald.local_model import ModelIdentity
+from petald.parallel_routing import ChainShare
 from petald.pass_link import LinkKey, PassLink, PassLinks, PassPiece
 from petald.pass_pieces import cut_batch
 from petald.routing import Hop
@@ -175,8 +178,8 @@ class BatchPass:
         form = self.form
         self._own = rows.history
         chains = await self.keeper.choose(form.start, form.end, max_lanes=MAX_LANES)
-        self._lanes = [Lane(self.keeper, hops) for hops in chains]
-        self._cut()
+        self._cut(chains)
+        self._lanes = make_lanes(self.keeper, chains, len(self._pieces))
 
         async def run(lane: Lane, piece: _Piece) -> None:
             first = piece.first * form.tokens
@@ -236,15 +239,15 @@ class BatchPass:
             self._own.close()
             self._own = None
 
-    def _cut(self) -> None:
+    def _cut(self, chains: Sequence[ChainShare]) -> None:
         form, config = self.form, self._model.config
         elements = 0
         if form.adapter is not None:
-            elements = row_elements(config, form.adapter.form) * largest_hop(self._lanes)
+            elements = row_elements(config, form.adapter.form) * largest_hop(chains)
         cuts = cut_batch(
             form.sequences,
             form.tokens,
-            hops=borders_of(self._lanes),
+            hops=sum(len(chain.hops) for chain in chains),
             hidden_size=config.hidden_size,
             adapter_elements=elements if form.is_kept else 0,
         )
@@ -257,17 +260,18 @@ class BatchPass:
         """Has every piece run, in order, by whichever lane is free."""
         waiting = iter(self._pieces)
 
-        async def work(lane: Lane) -> None:
-            for piece in waiting:
+        async def work(lane: Lane, turns: Iterator[None]) -> None:
+            for _, piece in zip(turns, waiting, strict=False):
                 await run(lane, piece)
                 self.counts.pieces += 1
 
         try:
             async with trio.open_nursery() as nursery:
                 for lane in self._lanes:
+                    turns = itertools.repeat(None, math.ceil(lane.share * len(self._pieces)))
                     window = self.form.pieces_under_way or PIECES_PER_HOP * len(lane.hops)
                     for _ in range(min(window, len(self._pieces))):
-                        nursery.start_soon(work, lane)
+                        nursery.start_soon(work, lane, turns)
         except BaseExceptionGroup as group:
             raise_alone(group)
 

@@ -17,8 +17,12 @@ import trio
 from kernels.errors import BadAdapter
 from p2p.wire.pass_messages import CODE_NOT_FINITE, CODE_SEQUENCE_TOO_LONG
 from petald.errors import HopFailed, MissingBlocks, NotFinite
+from petald.parallel_routing import ChainShare
 from petald.routing import Hop
 from petald.session_actions import Moved, Waiting
+
+LEAST_PIECES = 0.5
+"""A chain whose share of the batch is less than half a piece would only be waited for."""
 
 RETRY_S = 1.0
 """Between two looks for a server where there is none."""
@@ -37,7 +41,7 @@ class PassChooser(Protocol):
 
     async def choose_lanes(
         self, *, start: int, end: int, max_lanes: int, excluded: frozenset[str], is_retry: bool
-    ) -> Sequence[Sequence[Hop]]:
+    ) -> Sequence[ChainShare]:
         """Parallel chains for some blocks, the widest first.
 
         Raises:
@@ -68,7 +72,7 @@ class LaneKeeper:
 
     async def choose(
         self, start: int, end: int, *, max_lanes: int = 1, last: Exception | None = None
-    ) -> Sequence[Sequence[Hop]]:
+    ) -> Sequence[ChainShare]:
         """Chains for some blocks; waits where there are none.
 
         Args:
@@ -109,9 +113,11 @@ class Lane:
     Args:
         keeper: of the batch.
         hops: that cover its blocks.
+        share: of the batch that should go through it; 1 where it is to take what it can.
     """
 
-    def __init__(self, keeper: LaneKeeper, hops: Sequence[Hop]) -> None:
+    def __init__(self, keeper: LaneKeeper, hops: Sequence[Hop], share: float = 1.0) -> None:
+        self.share = share
         self._keeper = keeper
         self._hops = tuple(hops)
         self._lock = trio.Lock()
@@ -149,7 +155,7 @@ class Lane:
             keeper.excluded.add(failed.peer)
             old = self._hops[at]
             chains = await keeper.choose(old.start, old.end, last=error)
-            new = tuple(chains[0])
+            new = chains[0].hops
             self._hops = (*self._hops[:at], *new, *self._hops[at + 1 :])
         keeper.on_news(
             Moved(
@@ -166,6 +172,21 @@ class Lane:
         )
 
 
+def make_lanes(keeper: LaneKeeper, chains: Sequence[ChainShare], pieces: int) -> list[Lane]:
+    """Lanes for the chains that are worth a piece.
+
+    The widest takes whatever is left, so that no piece waits for a slow one; the others no more
+    than their share.
+    """
+    total = sum(chain.tokens_per_s for chain in chains)
+    lanes = [Lane(keeper, chains[0].hops)]
+    for chain in chains[1:]:
+        share = chain.tokens_per_s / total
+        if share * pieces >= LEAST_PIECES:
+            lanes.append(Lane(keeper, chain.hops, share))
+    return lanes
+
+
 def is_final(error: Exception) -> bool:
     """Whether another try at the same server would end the same."""
     if isinstance(error, HopFailed):
@@ -173,14 +194,9 @@ def is_final(error: Exception) -> bool:
     return isinstance(error, BadAdapter | NotFinite)
 
 
-def borders_of(lanes: Sequence[Lane]) -> int:
-    """How many hops there are in all."""
-    return sum(len(lane.hops) for lane in lanes)
-
-
-def largest_hop(lanes: Sequence[Lane]) -> int:
+def largest_hop(chains: Sequence[ChainShare]) -> int:
     """The most blocks that one hop has."""
-    hops = itertools.chain.from_iterable(lane.hops for lane in lanes)
+    hops = itertools.chain.from_iterable(chain.hops for chain in chains)
     return max(hop.end - hop.start for hop in hops)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from petald.errors import MissingBlocks
 from petald.local_model import ModelIdentity
-from petald.parallel_routing import choose_parallel_chains
+from petald.parallel_routing import ChainShare, choose_parallel_chains
 from petald.router import REPAIR_VIEW_AGE_S, RETRY_VIEW_AGE_S, VIEW_AGE_S, Router
-from petald.routing import Hop
 from petald.swarm import SwarmView
 
 
@@ -26,15 +25,15 @@ class ModelPassChooser:
 
     async def choose_lanes(
         self, *, start: int, end: int, max_lanes: int, excluded: frozenset[str], is_retry: bool
-    ) -> Sequence[Sequence[Hop]]:
+    ) -> Sequence[ChainShare]:
         """Chains of most throughput, by the newest view if an older one does not do.
 
         Raises:
             MissingBlocks: nobody can run some of the blocks now.
         """
 
-        def choose(view: SwarmView) -> Sequence[Sequence[Hop]]:
-            shares = choose_parallel_chains(
+        def choose(view: SwarmView) -> Sequence[ChainShare]:
+            return choose_parallel_chains(
                 view,
                 start=start,
                 end=end,
@@ -42,7 +41,6 @@ class ModelPassChooser:
                 penalties_s=self._router.penalties_s(),
                 excluded=excluded,
             )
-            return [share.hops for share in shares]
 
         age_s = REPAIR_VIEW_AGE_S if is_retry else VIEW_AGE_S
         view = await self._router.read_view(self._model, max_age_s=age_s)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from p2p.wire.control_messages import ChainMove, Progress
+from p2p.wire.control_messages import Chain, ChainMove, Progress
 from p2p.wire.training_messages import (
     AdapterGradient,
     BackwardDone,
@@ -112,10 +112,12 @@ class RemoteBlocks(nn.Module):
     Attributes:
         timings: of the last pass.
         moves: blocks that moved to other servers in the last pass.
+        chains: the parallel chains of the last pass.
     """
 
     timings: PassTimings
     moves: tuple[ChainMove, ...]
+    chains: tuple[Chain, ...]
 
     def __init__(
         self,
@@ -142,6 +144,7 @@ class RemoteBlocks(nn.Module):
         self.on_progress = on_progress
         self.timings = PassTimings(total_s=0, pieces=0, hop_compute_s=0, hop_queue_s=0)
         self.moves = ()
+        self.chains = ()
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -229,6 +232,7 @@ class RemoteBlocks(nn.Module):
     def _note(self, done: ForwardDone | BackwardDone) -> None:
         self.timings = done.timings
         self.moves = done.moves
+        self.chains = done.chains
 
 
 class _Kept:

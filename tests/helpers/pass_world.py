@@ -25,6 +25,7 @@ from petald.history import HistoryStore
 from petald.hosted_passes import HostedPasses
 from petald.lanes import LaneKeeper
 from petald.lent_adapter import LentAdapter
+from petald.parallel_routing import ChainShare
 from petald.pass_link import PassLinks
 from petald.pass_server import PassServer
 from petald.routing import Hop
@@ -85,7 +86,7 @@ class PassWorld:
 
     async def choose_lanes(
         self, *, start: int, end: int, max_lanes: int, excluded: frozenset[str], is_retry: bool
-    ) -> Sequence[Sequence[Hop]]:
+    ) -> Sequence[ChainShare]:
         """The first servers that fit; those that were penalised come last."""
         await trio.lowlevel.checkpoint()
         spans = [
@@ -103,7 +104,7 @@ class PassWorld:
             peer, _, until = fitting[0]
             hops.append(Hop(peer=peer, addresses=(), start=block, end=min(until, end)))
             block = hops[-1].end
-        return [hops]
+        return [ChainShare(hops=tuple(hops), tokens_per_s=1.0)]
 
     def penalise(self, peer: str) -> None:
         self.penalised.append(peer)
