@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import trio
 
-from kernels.kv_cache import SequenceCache
 from p2p.errors import DeadlineExceeded, Refused, RemoteProtocolError
 from p2p.network import Network
 from p2p.rpc import MessageStream
@@ -20,6 +19,7 @@ from p2p.wire.replies import Ok, Refusal
 from p2p.wire.session_messages import PUSH_PROTOCOL, AttachCache, CacheRows, HandOver
 from p2p.wire.tensor import RAW, WireTensor
 from petald.errors import BadRequest
+from petald.hosted_cache import HostedCache
 from petald.hosted_span import HostedSpan
 from petald.tensors import WIRE_DTYPES
 
@@ -31,7 +31,7 @@ TRANSFER_DEADLINE_S = 60.0
 
 async def send_cache(
     item: HandOver,
-    cache: SequenceCache,
+    cache: HostedCache,
     *,
     network: Network,
     hosted: HostedSpan,
@@ -70,7 +70,7 @@ async def send_cache(
 async def receive_cache(
     attach: AttachCache,
     messages: MessageStream,
-    cache: SequenceCache,
+    cache: HostedCache,
     *,
     hosted: HostedSpan,
     blocks: tuple[int, int],
@@ -96,7 +96,7 @@ async def receive_cache(
 
 
 async def _receive_block(
-    block: int, tokens: int, messages: MessageStream, cache: SequenceCache, hosted: HostedSpan
+    block: int, tokens: int, messages: MessageStream, cache: HostedCache, hosted: HostedSpan
 ) -> None:
     position = 0
     while position < tokens:
@@ -130,7 +130,7 @@ def _to_wire(cache_KTH: torch.Tensor) -> WireTensor:
     return WireTensor(dtype, tuple(cache_KTH.shape), data)
 
 
-def _from_wire(tensor: WireTensor, cache: SequenceCache, most_tokens: int) -> torch.Tensor:
+def _from_wire(tensor: WireTensor, cache: HostedCache, most_tokens: int) -> torch.Tensor:
     dtype = WIRE_DTYPES.get(tensor.dtype)
     heads, head_size = cache.shape
     shape = tensor.shape

@@ -23,6 +23,7 @@ from p2p.errors import P2PError, RemoteProtocolError
 from p2p.network import Network
 from p2p.rpc import MessageStream
 from p2p.wire.message import Message, expect
+from p2p.wire.pass_messages import CODE_UNKNOWN_ADAPTER
 from p2p.wire.replies import Refusal
 from p2p.wire.session_messages import (
     SESSION_PROTOCOL,
@@ -43,8 +44,10 @@ from p2p.wire.session_messages import (
     Wanted,
 )
 from p2p.wire.tensor import RAW, WireTensor
+from petald.adapter_lending import lend_adapter, lending_allowance_s
 from petald.errors import BadRequest, MissingBlocks, PetaldError, SessionLost, leaves
 from petald.history import HistoryStore
+from petald.lent_adapter import AdapterPart, LentAdapter
 from petald.log import get_logger
 from petald.routing import Hop
 from petald.session import Session
@@ -67,7 +70,7 @@ from petald.session_actions import (
     Waiting,
 )
 from petald.session_settings import Counts, SessionSettings
-from petald.tensors import check_rows
+from petald.tensors import check_rows, off_loop
 
 log = get_logger(__name__)
 
@@ -177,6 +180,8 @@ class ChainSession:
         max_wait_s: how long to wait where nobody can run some blocks.
         is_replay_exact: as for `petald.session_settings.SessionSettings`.
         prefers_hand_over: as for `petald.session_settings.SessionSettings`.
+        adapter: with which the blocks are run; it covers all of them, and is lent to the hops.
+        hosted: tells the name of an adapter that the chosen hops host themselves; none for none.
         on_news: told of what happens to the chain; must not block.
     """
 
@@ -192,11 +197,16 @@ class ChainSession:
         max_wait_s: float = 0.0,
         is_replay_exact: bool = False,
         prefers_hand_over: Callable[[Hop, Hop, int], bool] = lambda old, new, tokens: False,
+        adapter: LentAdapter | None = None,
+        hosted: Callable[[], str | None] = lambda: None,
         on_news: News = lambda news: None,
     ) -> None:
         self.max_tokens = max_tokens
         self.codec = codec
         self.on_news = on_news
+        self.times_lent = 0
+        self._adapter = adapter
+        self._hosted = hosted
         self._network = network
         self._model = model
         self._chooser = chooser
@@ -459,21 +469,57 @@ class ChainSession:
     async def _run_line(self, line: _Line, action: OpenHop) -> None:
         with line.scope:
             try:
-                stream = await self._network.open_stream(
-                    line.at.peer, SESSION_PROTOCOL, hints=line.at.addresses
-                )
-                messages = MessageStream(stream)
-                try:
-                    await self._open_hop(line, messages, action)
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await messages.abort()
+                part = await self._own_part(line.at)
+                refusal = await self._use_hop(line, action, part)
+                if refusal is not None and refusal.code == CODE_UNKNOWN_ADAPTER:
+                    refusal = await self._lend(line, part) or await self._use_hop(
+                        line, action, part
+                    )
+                if refusal is not None:
+                    self._on_failed(line, refusal.code, refusal.text, refusal.retry_after_s)
             except* P2PError as group:
                 for error in leaves(group):
                     assert isinstance(error, P2PError)
                     self._on_failed(line, error.code, str(error))
 
-    async def _open_hop(self, line: _Line, messages: MessageStream, action: OpenHop) -> None:
+    async def _own_part(self, at: Hop) -> AdapterPart | None:
+        """The adapter's part for a hop's blocks."""
+        if self._adapter is None:
+            return None
+        row_bytes = self._adapter.values_LE[0].nbytes
+        return await off_loop(
+            self._adapter.part, at.start, at.end, size_bytes=row_bytes * (at.end - at.start)
+        )
+
+    async def _lend(self, line: _Line, part: AdapterPart | None) -> Refusal | None:
+        """Lends a hop the adapter that it says it does not have; gives why it was not taken."""
+        if part is None:
+            raise RemoteProtocolError("it misses an adapter that was not asked for")
+        allowed_s = lending_allowance_s(part)
+        self._carry_out(self._machine.on_opening_takes(line.id, allowed_s, trio.current_time()))
+        model = self._model.fingerprint
+        refusal = await lend_adapter(self._network, line.at, model=model, part=part)
+        if refusal is None:
+            self.times_lent += 1
+        return refusal
+
+    async def _use_hop(
+        self, line: _Line, action: OpenHop, part: AdapterPart | None
+    ) -> Refusal | None:
+        """Opens the session at a hop, and keeps it until its stream ends; or gives its refusal."""
+        stream = await self._network.open_stream(
+            line.at.peer, SESSION_PROTOCOL, hints=line.at.addresses
+        )
+        messages = MessageStream(stream)
+        try:
+            return await self._talk_to_hop(line, messages, action, part)
+        finally:
+            with trio.CancelScope(shield=True):
+                await messages.abort()
+
+    async def _talk_to_hop(
+        self, line: _Line, messages: MessageStream, action: OpenHop, part: AdapterPart | None
+    ) -> Refusal | None:
         await messages.send(
             OpenSession(
                 session=line.session,
@@ -484,12 +530,13 @@ class ChainSession:
                 previous=action.previous,
                 codec=self.codec,
                 cache_from=action.cache_from,
+                adapter=None if part is None else part.digest,
+                hosted=self._hosted(),
             )
         )
         reply = await messages.receive()
         if isinstance(reply, Refusal):
-            self._on_failed(line, reply.code, reply.text, reply.retry_after_s)
-            return
+            return reply
         if reply is None:
             raise RemoteProtocolError("the stream ended before the answer")
         opened = expect(reply, SessionOpened)
@@ -502,6 +549,7 @@ class ChainSession:
             nursery.start_soon(self._send, line, messages)
             await self._read(line, messages)
             nursery.cancel_scope.cancel()
+        return None
 
     async def _send(self, line: _Line, messages: MessageStream) -> None:
         while True:

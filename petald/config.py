@@ -35,7 +35,7 @@ MAX_THREADS = 1024
 MAX_WAIT_S = 86400
 MAX_STOP_TIMEOUT_S = 3600.0
 MAX_HOSTED_ADAPTERS = 8
-"""What an announcement has room for."""
+"""What an announcement has room for (`petald.swarm.MAX_ADAPTERS`)."""
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

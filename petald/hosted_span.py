@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 import trio
 
+from kernels.adapter import SpanAdapter
 from kernels.errors import CacheFull
-from kernels.kv_cache import CacheArena, SequenceCache
+from kernels.kv_cache import CacheArena
 from kernels.span import Segment, Span
 from petald.executor import Executor, Timed
+from petald.hosted_cache import HostedCache, open_hosted_cache
 from petald.scheduler import Priority
 
 MAX_DECODE_TOKENS = 4
@@ -31,9 +33,9 @@ PREFILL_WEIGHT = 0.2
 
 @dataclass(frozen=True, slots=True)
 class _StepWork:
-    """One session's rows on their way into a batch."""
+    """One session's rows on their way into a batch, whose sessions have the same adapters."""
 
-    cache: SequenceCache
+    cache: HostedCache
     position: int
     hidden_SD: torch.Tensor
     start: int
@@ -80,8 +82,14 @@ class HostedSpan:
         """Rows that wait for the device now."""
         return self._executor.queued_tokens
 
-    async def open_cache(self, max_tokens: int) -> SequenceCache:
-        """Promises room for a session.
+    async def open_cache(
+        self, max_tokens: int, adapters: Sequence[SpanAdapter] = ()
+    ) -> HostedCache:
+        """Promises room for a session, and for the prefixes of its adapters beside.
+
+        Args:
+            max_tokens: the session's own.
+            adapters: with which its steps are run; each for at least the session's blocks.
 
         Raises:
             CacheFull: there is not so much left.
@@ -89,16 +97,18 @@ class HostedSpan:
         Cancellation: no room is taken.
         """
         with trio.CancelScope(shield=True):
-            return await self._executor.run(self.arena.open, max_tokens)
+            return await self._executor.run(
+                open_hosted_cache, self.arena, self.span, max_tokens, tuple(adapters)
+            )
         raise AssertionError("a shielded block ends by its return")
 
-    async def close_cache(self, cache: SequenceCache) -> None:
+    async def close_cache(self, cache: HostedCache) -> None:
         """Gives a session's room back; runs to its end even when cancelled."""
         with trio.CancelScope(shield=True):
             await self._executor.run(cache.close)
 
     async def read_cache(
-        self, cache: SequenceCache, block: int, position: int, tokens: int
+        self, cache: HostedCache, block: int, position: int, tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A copy of keys and values in one block (absolute), ``[K, T, H]`` each.
 
@@ -110,7 +120,7 @@ class HostedSpan:
             cache.read, index, position, tokens, priority=Priority.PREFILL
         )
 
-    async def extend_cache(self, cache: SequenceCache, tokens: int) -> None:
+    async def extend_cache(self, cache: HostedCache, tokens: int) -> None:
         """Counts tokens as cached that `write_cache` will bring.
 
         Raises:
@@ -120,7 +130,7 @@ class HostedSpan:
 
     async def write_cache(
         self,
-        cache: SequenceCache,
+        cache: HostedCache,
         block: int,
         position: int,
         keys_KTH: torch.Tensor,
@@ -132,14 +142,14 @@ class HostedSpan:
             cache.write, index, position, keys_KTH, values_KTH, priority=Priority.PREFILL
         )
 
-    async def truncate_cache(self, cache: SequenceCache, length: int) -> None:
+    async def truncate_cache(self, cache: HostedCache, length: int) -> None:
         """Forgets all tokens from a position on; runs to its end even when cancelled."""
         with trio.CancelScope(shield=True):
             await self._executor.run(cache.truncate, length)
 
     async def run_step(
         self,
-        cache: SequenceCache,
+        cache: HostedCache,
         hidden_SD: torch.Tensor,
         *,
         position: int,
@@ -169,7 +179,7 @@ class HostedSpan:
             _StepWork(cache, position, hidden_SD, start, end),
             priority=Priority.DECODE if is_decode else Priority.PREFILL,
             tokens=tokens,
-            batch_key=(start, end),
+            batch_key=(start, end, cache.adapters),
             peer=peer,
         )
         if is_decode:
@@ -188,12 +198,18 @@ class HostedSpan:
                     f"a step at {work.position} came, and {work.cache.length} tokens are cached"
                 )
             work.cache.truncate(work.position)
-        segments = [Segment(work.cache, work.hidden_SD.shape[0]) for work in works]
+        segments = [Segment(work.cache.sequence, work.hidden_SD.shape[0]) for work in works]
         first = works[0]
+        hidden = [work.hidden_SD for work in works]
+        output_SD = self.span.step(
+            hidden[0] if len(hidden) == 1 else torch.cat(hidden),
+            segments,
+            start=first.start,
+            end=first.end,
+            adapters=first.cache.adapters,
+        )
         if len(works) == 1:
-            return [self.span.step(first.hidden_SD, segments, start=first.start, end=first.end)]
-        packed_SD = torch.cat([work.hidden_SD for work in works])
-        output_SD = self.span.step(packed_SD, segments, start=first.start, end=first.end)
+            return [output_SD]
         return torch.split(output_SD, [segment.tokens for segment in segments])
 
 

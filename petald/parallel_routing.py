@@ -73,6 +73,7 @@ def choose_parallel_chains(
     max_tokens_per_s: float = float("inf"),
     penalties_s: Mapping[str, float] | None = None,
     excluded: Collection[str] = frozenset(),
+    hosted: str | None = None,
 ) -> tuple[ChainShare, ...]:
     """The split over chains of most throughput, the widest first; of equals, the same everywhere.
 
@@ -91,6 +92,7 @@ def choose_parallel_chains(
         penalties_s: seconds added for each token in each block of a peer that failed lately;
             infinity excludes it.
         excluded: peers that are not to be used.
+        hosted: the full name of an adapter that every hop must host; none for none.
 
     Raises:
         MissingBlocks: no chain covers the blocks; names those that nobody usable holds.
@@ -105,7 +107,13 @@ def choose_parallel_chains(
     columns = view.columns
     penalty_s = penalties_by_server(columns, penalties_s)
     is_usable = find_usable(
-        view, start=start, end=end, needed_tokens=0, penalty_s=penalty_s, excluded=excluded
+        view,
+        start=start,
+        end=end,
+        needed_tokens=0,
+        penalty_s=penalty_s,
+        excluded=excluded,
+        hosted=hosted,
     )
     is_usable &= (columns.start < end) & (columns.end > start)
     token_s = (columns.token_s + penalty_s).clip(LEAST_TOKEN_S, MOST_TOKEN_S)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -20,9 +20,11 @@ from p2p.network import Network, PeerAddress
 from petald.announcer import TTL_S
 from petald.chain_client import ChainModel, ChainSession, News
 from petald.config import RouteConfig
-from petald.errors import MissingBlocks, PetaldError
+from petald.coverage import find_hosted
+from petald.errors import BadRequest, MissingBlocks, PetaldError
 from petald.history import HistoryStore
 from petald.known_servers import Heard, KnownServers
+from petald.lent_adapter import LentAdapter
 from petald.local_model import ModelIdentity
 from petald.log import get_logger
 from petald.rebuild_cost import RebuildCost
@@ -171,6 +173,8 @@ class Router:
         nursery: trio.Nursery,
         max_wait_s: float = 0.0,
         on_news: News = lambda news: None,
+        adapter: LentAdapter | None = None,
+        hosted: str = "",
     ) -> ChainSession:
         """Opens a session through the best chain; a peer that refuses or fails is routed around.
 
@@ -180,12 +184,19 @@ class Router:
             nursery: holds the session's task.
             max_wait_s: how long to wait where nobody can run some blocks, now and later.
             on_news: told of what happens to the chain; must not block.
+            adapter: with which the blocks are run; it covers all of them, and is lent to the hops.
+            hosted: the name of an adapter that the hops are to host themselves; empty for none.
 
         Raises:
             MissingBlocks: no chain covers the model.
+            BadRequest: several adapters of this name are hosted.
             HopFailed: several chains were tried, and each failed.
         """
-        chooser = _ModelChooser(self, model)
+        prefix_tokens = 0 if adapter is None else adapter.form.prefix_tokens
+        if hosted:
+            with contextlib.suppress(MissingBlocks):  # there may be one later
+                hosted = await self.find_hosted(model, hosted)
+        chooser = _ModelChooser(self, model, hosted=hosted or None, prefix_tokens=prefix_tokens)
         session = ChainSession(
             self._network,
             model=ChainModel(
@@ -200,6 +211,8 @@ class Router:
             max_wait_s=max_wait_s,
             is_replay_exact=self.is_replay_exact,
             prefers_hand_over=chooser.prefers_hand_over,
+            adapter=adapter,
+            hosted=lambda: chooser.hosted,
             on_news=on_news,
         )
         error = await nursery.start(self._run, session)
@@ -216,8 +229,30 @@ class Router:
         finally:
             self._sessions -= 1
 
-    async def choose(self, model: ModelIdentity, need: NeedChain) -> tuple[Hop, ...]:
+    async def find_hosted(
+        self, model: ModelIdentity, name: str, *, start: int = 0, end: int | None = None
+    ) -> str:
+        """The full name of an adapter that servers host, for some blocks; all by default.
+
+        Raises:
+            MissingBlocks: none is hosted for all of them now; the text names those there are.
+            BadRequest: several are; the text names them.
+        """
+        view = await self.read_view(model)
+        with contextlib.suppress(MissingBlocks):
+            return find_hosted(view, name, start=start, end=end)
+        view = await self.read_view(model, max_age_s=RETRY_VIEW_AGE_S)
+        return find_hosted(view, name, start=start, end=end)
+
+    async def choose(
+        self, model: ModelIdentity, need: NeedChain, *, hosted: str | None = None
+    ) -> tuple[Hop, ...]:
         """Servers for some blocks, by the newest view if an older one does not do.
+
+        Args:
+            model: whose blocks they are.
+            need: which, and with how much room.
+            hosted: the full name of an adapter that they must host; none for none.
 
         Raises:
             MissingBlocks: nobody can run some of them now.
@@ -230,13 +265,13 @@ class Router:
             max_age_s = REPAIR_VIEW_AGE_S
         view = await self.read_view(model, max_age_s=max_age_s)
         try:
-            return self._choose_in(view, need)
+            return self._choose_in(view, need, hosted)
         except MissingBlocks:
             if known is None or known[1] is not view:
                 raise
-            return self._choose_in(await self.read_view(model, max_age_s=0.0), need)
+            return self._choose_in(await self.read_view(model, max_age_s=0.0), need, hosted)
 
-    def _choose_in(self, view: SwarmView, need: NeedChain) -> tuple[Hop, ...]:
+    def _choose_in(self, view: SwarmView, need: NeedChain, hosted: str | None) -> tuple[Hop, ...]:
         return choose_chain(
             view,
             needed_tokens=need.tokens,
@@ -246,6 +281,7 @@ class Router:
             after=need.after,
             penalties_s=self.penalties_s(),
             excluded=need.excluded,
+            hosted=hosted,
         )
 
     def penalise(self, peer: str) -> None:
@@ -315,14 +351,28 @@ def _cache_dtype(view: SwarmView, hop: Hop) -> str:
 
 
 class _ModelChooser:
-    """A `petald.chain_client.Chooser` for one model."""
+    """A `petald.chain_client.Chooser` for one session.
 
-    def __init__(self, router: Router, model: ModelIdentity) -> None:
+    Attributes:
+        hosted: the adapter that every hop must host, by its full name as soon as that is known.
+    """
+
+    def __init__(
+        self, router: Router, model: ModelIdentity, *, hosted: str | None, prefix_tokens: int
+    ) -> None:
+        self.hosted = hosted
         self._router = router
         self._model = model
+        self._prefix_tokens = prefix_tokens
 
     async def choose(self, need: NeedChain) -> Sequence[Hop]:
-        return await self._router.choose(self._model, need)
+        if self.hosted is not None and "@" not in self.hosted:
+            try:
+                self.hosted = await self._router.find_hosted(self._model, self.hosted)
+            except BadRequest as error:  # there was none when the session was opened
+                raise MissingBlocks(str(error), ranges=()) from error
+        room = replace(need, tokens=need.tokens + self._prefix_tokens)
+        return await self._router.choose(self._model, room, hosted=self.hosted)
 
     async def find_better(
         self, chain: Sequence[Hop], *, max_tokens: int, cached_tokens: int
@@ -333,7 +383,8 @@ class _ModelChooser:
         try:
             better = choose_chain(
                 view,
-                needed_tokens=max_tokens,
+                needed_tokens=max_tokens + self._prefix_tokens,
+                hosted=self.hosted,
                 holding={hop.peer for hop in chain},
                 penalties_s=penalties_s,
             )

@@ -66,6 +66,7 @@ def choose_chain(
     penalties_s: Mapping[str, float] | None = None,
     excluded: Collection[str] = frozenset(),
     holding: Collection[str] = frozenset(),
+    hosted: str | None = None,
 ) -> tuple[Hop, ...]:
     """The chain of least expected time per decode step; of equals, the same one everywhere.
 
@@ -79,6 +80,7 @@ def choose_chain(
         penalties_s: seconds added for each hop of a peer that failed lately; infinity excludes it.
         excluded: peers that are not to be used.
         holding: peers that have promised the session room already, and need no more.
+        hosted: the full name of an adapter that every hop must host; none for none.
 
     Raises:
         MissingBlocks: no chain covers the blocks; names those that nobody usable holds.
@@ -95,6 +97,7 @@ def choose_chain(
         penalty_s=penalty_s,
         excluded=excluded,
         holding=holding,
+        hosted=hosted,
     )
     search = _Search(columns, is_usable, columns.queue_s + penalty_s)
     search.run(start, end, _ends_s(columns, before, is_back=False))

@@ -17,7 +17,6 @@ import torch
 import trio
 
 from kernels.errors import KernelError
-from kernels.kv_cache import SequenceCache
 from p2p.errors import DeadlineExceeded, P2PError, RemoteProtocolError
 from p2p.network import Network
 from p2p.rpc import MessageStream
@@ -49,6 +48,7 @@ from petald.cache_transfer import TRANSFER_DEADLINE_S, receive_cache, send_cache
 from petald.errors import PetaldError
 from petald.executor import Timed
 from petald.hop_session import HopSession, PassOver, RepeatOutput
+from petald.hosted_cache import HostedCache
 from petald.hosted_span import HostedSpan
 from petald.log import get_logger
 from petald.tensors import from_wire, to_wire
@@ -103,7 +103,7 @@ class ServedSession:
         self,
         request: OpenSession,
         client: MessageStream,
-        cache: SequenceCache,
+        cache: HostedCache,
         *,
         network: Network,
         hosted: HostedSpan,

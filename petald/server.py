@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import trio
 
+from kernels.adapter import SpanAdapter
 from kernels.codecs import CODEC_NAMES
 from kernels.errors import CacheFull
 from p2p.errors import P2PError
 from p2p.network import Network, Stream
 from p2p.rpc import FIRST_MESSAGE_BYTES, MessageStream, receive_first
 from p2p.wire.message import expect
+from p2p.wire.pass_messages import CODE_MISSING_ADAPTER, CODE_UNKNOWN_ADAPTER
 from p2p.wire.replies import Refusal
 from p2p.wire.session_messages import (
     MAX_CACHE_ROWS_BYTES,
@@ -25,6 +27,7 @@ from p2p.wire.session_messages import (
     OpenSession,
     max_step_bytes,
 )
+from petald.adapter_store import AdapterStore
 from petald.config import ServeConfig
 from petald.errors import PetaldError, leaves
 from petald.hosted_span import HostedSpan
@@ -65,13 +68,21 @@ class Server:
         hosted: the span.
         fingerprint: of the span's model.
         config: limits.
+        adapters: that clients lend, and that this server hosts; none by default.
     """
 
     def __init__(
-        self, network: Network, hosted: HostedSpan, *, fingerprint: bytes, config: ServeConfig
+        self,
+        network: Network,
+        hosted: HostedSpan,
+        *,
+        fingerprint: bytes,
+        config: ServeConfig,
+        adapters: AdapterStore | None = None,
     ) -> None:
         self._network = network
         self._hosted = hosted
+        self.adapters = adapters or AdapterStore(hosted.span, limit_bytes=0, max_adapter_bytes=0)
         self._fingerprint = fingerprint
         self._config = config
         self.caches_received = 0
@@ -167,9 +178,10 @@ class Server:
         request = expect(await receive_first(client, HELLO_DEADLINE_S), OpenSession)
         peer = client.remote_peer
         self._admit(request, peer)
+        adapters = self._find_adapters(request)
         self._opening[request.session] = peer
         try:
-            cache = await self._hosted.open_cache(request.max_tokens)
+            cache = await self._hosted.open_cache(request.max_tokens, adapters)
         except CacheFull as error:
             raise _RefusedSession("overloaded", str(error), RETRY_AFTER_S) from error
         finally:
@@ -221,3 +233,20 @@ class Server:
         if own >= max(1, most - most // FAIR_SHARE):
             text = f"{own} of the {most} sessions are yours; the rest is for others"
             raise _RefusedSession("overloaded", text, RETRY_AFTER_S)
+
+    def _find_adapters(self, request: OpenSession) -> tuple[SpanAdapter, ...]:
+        """Those that a session runs with, which hold on to them however long it lasts."""
+        adapters: list[SpanAdapter] = []
+        if request.hosted is not None:
+            hosted = self.adapters.hosted.get(request.hosted)
+            if hosted is None:
+                text = "this server does not host that adapter"
+                raise _RefusedSession(CODE_MISSING_ADAPTER, text)
+            adapters.append(hosted)
+        if request.adapter is not None:
+            lent = self.adapters.find_lent(request.adapter, request.start, request.end)
+            if lent is None:
+                text = "this server does not have the adapter; lend it"
+                raise _RefusedSession(CODE_UNKNOWN_ADAPTER, text)
+            adapters.append(lent)
+        return tuple(adapters)

@@ -20,6 +20,7 @@ from petald.config import ServeConfig
 from petald.devices import dtype_name, free_memory_bytes, parse_device, parse_dtype
 from petald.errors import ConfigError
 from petald.executor import Executor
+from petald.hosted_adapters import place_adapters, read_adapters
 from petald.hosted_passes import HostedPasses
 from petald.hosted_span import HostedSpan
 from petald.local_model import ModelIdentity, identify_model
@@ -45,6 +46,7 @@ class Serving:
         step_ms: of a decode step through the span, measured at the start; announced until real
             steps tell better.
         next_hops: the peers to which round trips are announced.
+        adapter_names: full names of the adapters that are hosted.
     """
 
     identity: ModelIdentity
@@ -54,6 +56,12 @@ class Serving:
     network: Network
     step_ms: float
     next_hops: list[str] = field(default_factory=list)
+    adapter_names: tuple[str, ...] = ()
+
+    @property
+    def adapters(self) -> AdapterStore:
+        """What sessions and passes here can be run with."""
+        return self.server.adapters
 
     def make_announcement(self) -> Announcement:
         """What this server says of itself now."""
@@ -75,6 +83,7 @@ class Serving:
             dtype=dtype_name(span.dtype),
             version=VERSION,
             addresses=self.network.addresses[:16],
+            adapters=self.adapter_names,
         )
 
     async def drain(self, *, deadline_s: float) -> None:
@@ -110,12 +119,14 @@ async def load_serving(
     """Chooses the span, loads it, measures it, and takes sessions from then on.
 
     Raises:
-        ConfigError: the configured span is not in the model, or not one block fits.
+        ConfigError: the configured span is not in the model, not one block fits, or an adapter
+            that is to be hosted cannot be.
         KernelError: the model cannot be read.
 
     Cancellation: loading ends after the block that is being read.
     """
     identity = await trio.to_thread.run_sync(identify_model, config.model)
+    own = await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
     start, end = await _choose_blocks(config, identity, router, rng)
     started_at = time.perf_counter()
     notify_status(f"loading blocks {start}:{end} of {identity.name}")
@@ -130,16 +141,20 @@ async def load_serving(
         step_ms=round(step_ms, 2),
     )
     notify_status(f"serving blocks {start}:{end} of {identity.name}")
-    server = Server(network, hosted, fingerprint=identity.fingerprint, config=config)
+    store = AdapterStore(
+        hosted.span,
+        hosted=await executor.run(place_adapters, own, hosted.span),
+        limit_bytes=config.adapter_bytes,
+        max_adapter_bytes=config.max_adapter_bytes,
+    )
+    server = Server(
+        network, hosted, fingerprint=identity.fingerprint, config=config, adapters=store
+    )
     server.start()
     pass_server = PassServer(
         network,
         HostedPasses(hosted.span, executor, pass_bytes=config.pass_bytes),
-        adapters=AdapterStore(
-            hosted.span,
-            limit_bytes=config.adapter_bytes,
-            max_adapter_bytes=config.max_adapter_bytes,
-        ),
+        adapters=store,
         fingerprint=identity.fingerprint,
         config=config,
         is_draining=lambda: server.is_draining,
@@ -152,6 +167,7 @@ async def load_serving(
         pass_server=pass_server,
         network=network,
         step_ms=step_ms,
+        adapter_names=tuple(adapter.full_name for adapter in own),
     )
 
 

@@ -253,6 +253,13 @@ class Session:
                 self._fail(hop, "step_too_long", text, now)
         return self._take(now)
 
+    def on_opening_takes(self, hop_id: int, seconds: float, now: float) -> list[Action]:
+        """A hop needs something first, which takes so long; only then does its time count."""
+        hop = self._records.get(hop_id)
+        if hop is not None and hop.state is HopState.OPENING:
+            hop.due_at = max(hop.due_at, now + seconds + OPEN_S)
+        return self._take(now)
+
     def on_hop_failed(
         self, hop_id: int, code: str, text: str, now: float, *, retry_after_s: float = 0.0
     ) -> list[Action]:
@@ -414,7 +421,7 @@ class Session:
                 self._fail(hop, CODE_NO_ANSWER, "did not answer to a link", now)
                 return
         if hop.state is HopState.OPENING and now >= hop.due_at:
-            self._fail(hop, CODE_NO_ANSWER, f"did not open a session within {OPEN_S:g} s", now)
+            self._fail(hop, CODE_NO_ANSWER, "did not open a session in time", now)
 
     def _forgive(self, now: float) -> None:
         """Gives every hop its time again: it was this process that stood still."""

@@ -37,11 +37,15 @@ MAX_ROUND_TRIPS = 4
 """Some 28 bytes each. In a small swarm these are all next hops that there are; in one of 10,000
 servers a choice of a chain reckons with 80,000 known ways, which takes it some 45 ms."""
 
+MAX_ADAPTERS = 8
+"""That a server can announce: some 80 bytes each."""
+
 PREFILL_SPEED_UP = 4.0
 """A token within a prefill takes a quarter of a decode step, at most, where nothing was measured:
 the weights are read once for many tokens."""
 
 Milliseconds = Annotated[float, Bound(0, 1e6)]
+AdapterName = Annotated[str, Bound(1, 96)]
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
@@ -58,6 +62,17 @@ class ServerState(StrEnum):
 def peer_digest(peer: str) -> bytes:
     """What stands for a peer in others' announcements: 8 bytes of the SHA-256 of its id."""
     return hashlib.sha256(peer.encode()).digest()[:8]
+
+
+def adapter_full_name(name: str, digest: bytes) -> str:
+    """What an adapter that servers host is announced as.
+
+    Args:
+        name: as a server's owner calls it.
+        digest: of the whole adapter, so that servers with other numbers under the same name are
+            told apart.
+    """
+    return f"{name}@{digest.hex()[:16]}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +106,7 @@ class Announcement(Record):
         queue_ms: mean time that a decode step lately waited for the device.
         prefill_ms: time for each token of a prefill through the whole span; zero where unknown.
         round_trips: to its likely next hops; the first one counts where a peer stands twice.
+        adapters: that it hosts, by their full names; see `adapter_full_name`.
     """
 
     model: Digest
@@ -107,6 +123,7 @@ class Announcement(Record):
     queue_ms: Milliseconds = 0.0
     prefill_ms: Milliseconds = 0.0
     round_trips: Annotated[tuple[RoundTripTo, ...], Bound(0, MAX_ROUND_TRIPS)] = ()
+    adapters: Annotated[tuple[AdapterName, ...], Bound(0, MAX_ADAPTERS)] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,6 +239,17 @@ class Columns:
     def ways(self) -> KnownWays:
         """Between the servers; made once, for a choice that asks for them."""
         return KnownWays.read(self.servers)
+
+    @functools.cached_property
+    def adapters(self) -> dict[str, Booleans]:
+        """For the full name of each adapter that some host, (N,) which do; made once, likewise."""
+        found: dict[str, Booleans] = {}
+        for position, server in enumerate(self.servers):
+            for name in server.announcement.adapters:
+                if name not in found:
+                    found[name] = np.zeros(len(self.servers), np.bool_)
+                found[name][position] = True
+        return found
 
     @classmethod
     def read(cls, servers: Iterable[Server]) -> Self:

@@ -32,6 +32,9 @@ PASS_PROTOCOL = "/petald/pass/1"
 CODE_UNKNOWN_ADAPTER = "unknown_adapter"
 """The server does not have the adapter (any more): lend it."""
 
+CODE_MISSING_ADAPTER = "missing_adapter"
+"""The server does not host an adapter of that name."""
+
 CODE_NOT_FINITE = "not_finite"
 """What was computed is not all finite numbers; another server may do better."""
 

@@ -7,6 +7,7 @@ good. Steps wait for each other as on one device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,7 +91,7 @@ class FakeHostedSpan:
     def queued_tokens(self) -> int:
         return self._device.statistics().tasks_waiting
 
-    async def open_cache(self, max_tokens: int) -> FakeCache:
+    async def open_cache(self, max_tokens: int, adapters: Sequence[Any] = ()) -> FakeCache:
         await trio.lowlevel.checkpoint()
         if max_tokens > self.arena.free_tokens:
             raise CacheFull(f"{self.arena.free_tokens} tokens are free")

@@ -89,10 +89,10 @@ class WatchedSpan(FakeHostedSpan):
         self.opening_s = 0.0
         self.truncating_s = 0.0
 
-    async def open_cache(self, max_tokens: int) -> FakeCache:
+    async def open_cache(self, max_tokens: int, adapters: Sequence[Any] = ()) -> FakeCache:
         with trio.CancelScope(shield=True):
             await trio.sleep(self.opening_s)
-            return await super().open_cache(max_tokens)
+            return await super().open_cache(max_tokens, adapters)
 
     async def truncate_cache(self, cache: FakeCache, length: int) -> None:
         with trio.CancelScope(shield=True):
@@ -652,6 +652,7 @@ async def test_the_announced_step_time_follows_the_decode_steps() -> None:
     model = SimpleNamespace(hidden_size=4)
     stub: Any = SimpleNamespace(start=4, end=8, dtype=torch.float32, config=model)
     hosted = HostedSpan(stub, arena, executor)  # type: ignore[arg-type]
+    cache: Any = SimpleNamespace(adapters=())
     async with open_memory_hub() as hub:
         network = hub.make_network("server")
         config = ServeConfig(model="fake")
@@ -659,6 +660,7 @@ async def test_the_announced_step_time_follows_the_decode_steps() -> None:
             identity=SimpleNamespace(fingerprint=MODEL),  # type: ignore[arg-type]
             hosted=hosted,
             server=Server(network, hosted, fingerprint=MODEL, config=config),
+            pass_server=None,  # type: ignore[arg-type]
             network=network,
             step_ms=77.0,
         )
@@ -667,7 +669,7 @@ async def test_the_announced_step_time_follows_the_decode_steps() -> None:
             executor.compute_s = compute_s
             for _ in range(times):
                 await hosted.run_step(
-                    None,  # type: ignore[arg-type]
+                    cache,
                     torch.zeros(tokens, 4),
                     position=0,
                     start=4,
