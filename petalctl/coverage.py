@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
 
 MAX_BAR_CELLS = 60
@@ -42,3 +42,12 @@ def describe_coverage(coverage: Sequence[int]) -> str:
         for start, end, servers in covered_ranges(coverage)
         if servers
     )
+
+
+def count_coverage(spans: Iterable[tuple[int, int]], blocks: int) -> list[int]:
+    """For each block, how many spans hold it."""
+    counts = [0] * blocks
+    for start, end in spans:
+        for block in range(start, min(end, blocks)):
+            counts[block] += 1
+    return counts

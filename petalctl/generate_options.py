@@ -82,6 +82,13 @@ def add_generate_options(parser: argparse.ArgumentParser, *, temperature: float 
         help="how long to wait where no server can run some blocks (default: as the daemon is "
         "configured)",
     )
+    options.add_argument(
+        "--adapter",
+        default="",
+        metavar="DIR|NAME",
+        help="a folder with an adapter in PEFT's format (LoRA, prefix or prompt tuning), which the "
+        "daemon can read, or the name of an adapter that servers host",
+    )
 
 
 def generate_options(args: argparse.Namespace) -> GenerateOptions:
@@ -109,4 +116,5 @@ def generate_options(args: argparse.Namespace) -> GenerateOptions:
         "seed": args.seed,
         "stop": args.stop,
         "max_wait_s": args.max_wait,
+        "adapter": args.adapter,
     }

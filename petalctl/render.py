@@ -19,7 +19,12 @@ from p2p.wire.control_messages import (
     StatusReport,
     SwarmReport,
 )
-from petalctl.coverage import coverage_cells, describe_coverage, uncovered_ranges
+from petalctl.coverage import (
+    count_coverage,
+    coverage_cells,
+    describe_coverage,
+    uncovered_ranges,
+)
 from petalctl.names import join_ranges, shorten_peers
 from petalctl.terminal import neutralise_line
 
@@ -107,7 +112,20 @@ def _render_model(swarm: ModelSwarm) -> list[RenderableType]:
         parts.append(Padding(text, (0, 0, 0, 2)))
     if swarm.servers:
         parts.append(Padding(_servers_table(swarm.servers), (0, 0, 0, 2)))
+    parts += [Padding(line, (0, 0, 0, 2)) for line in _adapter_lines(swarm)]
     return parts
+
+
+def _adapter_lines(swarm: ModelSwarm) -> list[Text]:
+    """Which adapters servers host, and for which blocks."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for server in swarm.servers:
+        for name in server.adapters:
+            spans.setdefault(name, []).append((server.start, server.end))
+    return [
+        _cell(f"adapter:   {name}, {describe_coverage(count_coverage(spans[name], swarm.blocks))}")
+        for name in sorted(spans)
+    ]
 
 
 def _coverage_bar(coverage: Sequence[int]) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
@@ -31,6 +32,8 @@ class GenerateOptions(TypedDict, total=False):
         max_session_tokens: room for a kept session; 0 lets the daemon choose.
         max_wait_s: how long to wait where no server can run some blocks; none lets the daemon's
             configuration say.
+        adapter: a folder on this machine with an adapter in PEFT's format, which the daemon can
+            read, or the name of one that servers host.
     """
 
     turns: Sequence[Turn | Mapping[str, str]]
@@ -47,13 +50,15 @@ class GenerateOptions(TypedDict, total=False):
     session: str
     max_session_tokens: int
     max_wait_s: float | None
+    adapter: str | os.PathLike[str]
 
 
 def make_generate(prompt: str | None, options: GenerateOptions) -> Generate:
     """The message for a prompt or its alternatives; its job number is still 0.
 
     Raises:
-        JobError: there is not exactly one of prompt, turns and prompt_tokens.
+        JobError: there is not exactly one of prompt, turns and prompt_tokens, or the adapter's
+            folder is not there.
     """
     turns = tuple(
         turn if isinstance(turn, Turn) else Turn(role=turn["role"], content=turn["content"])
@@ -85,4 +90,27 @@ def make_generate(prompt: str | None, options: GenerateOptions) -> Generate:
         session=options.get("session", ""),
         max_session_tokens=options.get("max_session_tokens", 0),
         max_wait_s=options.get("max_wait_s"),
+        adapter=name_adapter(options.get("adapter", "")),
     )
+
+
+def name_adapter(given: str | os.PathLike[str]) -> str:
+    """What the daemon is told of an adapter: an absolute path, or a hosted one's name.
+
+    Args:
+        given: a folder, if there is one of this name, or looks like the path of one; else a hosted
+            adapter's name.
+
+    Raises:
+        JobError: it looks like a path, and no folder is there.
+    """
+    text = os.path.expanduser(given)
+    if not text:
+        return ""
+    if os.path.isdir(text):
+        return os.path.abspath(text)
+    if not isinstance(given, str) or os.sep in text:
+        raise JobError(
+            "bad_adapter", f"there is no folder {text}; an adapter is one as PEFT saves it"
+        )
+    return text

@@ -41,11 +41,14 @@ from p2p.wire.training_messages import (
     BatchRows,
     ForgetForward,
     ForwardBatch,
+    OpenHiddenSession,
     PutAdapter,
+    RunHiddenStep,
 )
 from petald.config import DaemonConfig
 from petald.errors import BadRequest, PetaldError, SocketInUse, raise_alone
 from petald.generation import GenerationJob, KeptSession
+from petald.hidden_sessions import HiddenSessions, HiddenState
 from petald.log import get_logger, log_context
 from petald.training_jobs import TrainingJobs, TrainingState
 
@@ -60,6 +63,7 @@ SEND_DEADLINE_S = 60.0
 CODE_CANCELLED = "cancelled"
 
 TRAINING = (PutAdapter, ForwardBatch, BackwardBatch, ForgetForward)
+HIDDEN = (OpenHiddenSession, RunHiddenStep)
 Request = (
     StatusRequest
     | SwarmRequest
@@ -70,8 +74,10 @@ Request = (
     | ForwardBatch
     | BackwardBatch
     | ForgetForward
+    | OpenHiddenSession
+    | RunHiddenStep
 )
-REQUESTS = (StatusRequest, SwarmRequest, Generate, CloseSession, Drain, *TRAINING)
+REQUESTS = (StatusRequest, SwarmRequest, Generate, CloseSession, Drain, *TRAINING, *HIDDEN)
 
 Send = Callable[[Message], Awaitable[None]]
 
@@ -90,12 +96,14 @@ class Jobs:
         make_generation: Callable[[Generate, Send], Awaitable[GenerationJob]],
         drain: Callable[[Drain], Awaitable[Message]],
         training: TrainingJobs,
+        hidden: HiddenSessions,
     ) -> None:
         self.report_status = report_status
         self.report_swarm = report_swarm
         self.make_generation = make_generation
         self.drain = drain
         self.training = training
+        self.hidden = hidden
         self.running = 0
 
 
@@ -139,6 +147,7 @@ class _Connection:
     jobs: dict[int, trio.CancelScope] = field(default_factory=dict)
     kept: dict[str, KeptSession] = field(default_factory=dict)
     sessions_in_use: set[str] = field(default_factory=set)
+    hidden: HiddenState = field(default_factory=HiddenState)
 
     async def send(self, message: Message) -> None:
         """Sends to the app; raises `StreamBroken` when it does not read."""
@@ -273,10 +282,19 @@ async def _do_job(
         await connection.send(await jobs.drain(request))
     elif isinstance(request, TRAINING):
         await jobs.training.run(request, connection.training, connection.send)
+    elif isinstance(request, HIDDEN):
+        await jobs.hidden.run(
+            request,
+            connection.hidden,
+            connection.send,
+            nursery=connection.nursery,
+            adapters=connection.training.adapters,
+        )
     else:
         kept = connection.kept.pop(request.session, None)
         if kept is not None:
             await kept.session.close()
+        await connection.hidden.close(request.session)
         await connection.send(SessionClosed(job=request.job))
 
 

@@ -26,6 +26,8 @@ from petald.devices import parse_device, parse_dtype
 from petald.errors import BadRequest
 from petald.executor import Executor, open_executor
 from petald.generation import GenerationJob
+from petald.hidden_sessions import HiddenSessions
+from petald.job_adapter import AdapterFolders
 from petald.local_model import LocalModels
 from petald.log import get_logger
 from petald.notify import notify_ready, notify_stopping
@@ -92,9 +94,12 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
             nursery.start_soon(router.keep_fresh, await models.identify(name))
         reporter = Reporter(config, network=network, router=router, models=models, serving=serving)
 
+        folders = AdapterFolders()
+
         async def make_generation(request: Generate, send: Send) -> GenerationJob:
             started_at = trio.current_time()
             model = await models.load(request.model)
+            adapter = await folders.find(request.adapter, model.identity)
             return GenerationJob(
                 request,
                 model,
@@ -105,6 +110,7 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
                 max_wait_s=(
                     config.route.max_wait_s if request.max_wait_s is None else request.max_wait_s
                 ),
+                adapter=adapter,
             )
 
         async def drain(request: Drain) -> Drained:
@@ -126,6 +132,7 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
         links = PassLinks(network)
         await nursery.start(links.run)
         jobs = Jobs(
+            hidden=HiddenSessions(models, router, max_wait_s=config.route.max_wait_s),
             training=TrainingJobs(models, router, links, max_wait_s=config.route.max_wait_s),
             drain=drain,
             report_status=reporter.report_status,

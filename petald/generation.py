@@ -2,9 +2,9 @@
 
 A job checks its request, finds or opens its session, prefills what the session has not cached yet,
 and then makes one token after the other. Tokenizer, embedding, head and sampling are local; hidden
-states go out and come back. Prefill goes in pieces, several under way at once, so that the hops
-work on them as a pipeline. Invariant of a kept session: `KeptSession.cached` are ids whose hidden
-states every hop has cached, so what a new prompt shares with it need not be sent again.
+states go out and come back. The rows of a soft prompt, if there is one, stand before the prompt's
+in the session. Invariant of a kept session: `KeptSession.cached` are ids whose hidden states every
+hop has cached, so what a new prompt shares with it need not be sent again.
 """
 
 from __future__ import annotations
@@ -34,23 +34,18 @@ from p2p.wire.control_messages import (
 )
 from p2p.wire.message import Message
 from p2p.wire.session_messages import Wanted
+from p2p.wire.tensor import WireTensor
 from petald.chain_client import ChainSession
-from petald.errors import BadRequest, HopFailed, PetaldError, PromptTooLong
+from petald.errors import BadRequest, HopFailed, PromptTooLong
 from petald.executor import Executor
+from petald.job_adapter import NO_ADAPTER, JobAdapter
 from petald.local_model import LocalModel
 from petald.router import Router
 from petald.scheduler import Priority
 from petald.session_actions import Moved, StepResultRows, Waiting
+from petald.step_pieces import run_pieces
 from petald.tensors import from_wire, to_wire
 from petald.tokenizer import TextStream
-
-PREFILL_WINDOW = 4
-"""Prefill pieces under way at once: more than most chains have hops, so that none waits idle, and
-few enough that a failure loses little."""
-
-PREFILL_PIECE_TOKENS = 128
-"""Small enough that the hops of a chain overlap on a prompt of some hundred tokens, large enough
-that the matrix products are bound by arithmetic (``benchmarks/decode.py``)."""
 
 KEPT_SESSION_SPARE_TOKENS = 2048
 """Room that a kept session gets beyond its first job when the app does not say how much."""
@@ -72,11 +67,15 @@ class KeptSession:
     """A session that outlives its job.
 
     Attributes:
+        adapter: with which it was opened.
+        has_soft_prompt: whether every hop has cached the soft prompt's rows, if there are any.
         cached: ids whose hidden states every hop has cached, in order.
     """
 
     model: LocalModel
     session: ChainSession
+    adapter: JobAdapter
+    has_soft_prompt: bool = False
     cached: list[int] = field(default_factory=list)
 
 
@@ -124,6 +123,7 @@ class GenerationJob:
         send: takes what the app is to be told.
         started_at: when the request came, in trio's time.
         max_wait_s: how long to wait where nobody can run some blocks.
+        adapter: that the app chose.
 
     Raises:
         BadRequest, PromptTooLong, BadSampling: the request cannot be done by anybody.
@@ -139,15 +139,17 @@ class GenerationJob:
         send: Send,
         started_at: float,
         max_wait_s: float,
+        adapter: JobAdapter = NO_ADAPTER,
     ) -> None:
         self._request = request
+        self._adapter = adapter
         self._model = model
         self._router = router
         self._executor = executor
         self._send = send
         self._sampler = Sampler(_sampling_params(request))
         self._prompt = _encode_prompt(request, model)
-        self._limit = _check_length(request, model, len(self._prompt))
+        self._limit = _check_length(request, model, len(self._prompt), adapter.positions)
         self._clock = _Clock(started_at)
         self._max_wait_s = max_wait_s
         self._session: ChainSession | None = None
@@ -165,9 +167,11 @@ class GenerationJob:
         Raises:
             MissingBlocks, HopFailed: what the swarm could not do.
         """
-        needed = len(self._prompt) + self._limit
+        adapter = self._adapter
+        needed = adapter.prompt_rows + len(self._prompt) + self._limit
         if kept is not None:
-            fits = kept.model is self._model and kept.session.max_tokens >= needed
+            is_same = kept.model is self._model and kept.adapter.key == adapter.key
+            fits = is_same and kept.session.max_tokens >= needed
             if fits and kept.session.is_open:
                 self._session = kept.session
                 kept.session.on_news = self._on_news
@@ -176,16 +180,19 @@ class GenerationJob:
         room = needed
         if self._request.session:
             spare = self._request.max_session_tokens or needed + KEPT_SESSION_SPARE_TOKENS
-            room = max(needed, min(spare, self._model.identity.config.max_positions))
+            most = self._model.identity.config.max_positions - adapter.positions
+            room = max(needed, min(spare, most) + adapter.prompt_rows)
         session = await self._router.open_session(
             self._model.identity,
             max_tokens=room,
             nursery=nursery,
             max_wait_s=self._max_wait_s,
             on_news=self._on_news,
+            adapter=adapter.lent,
+            hosted=adapter.hosted,
         )
         self._session = session
-        return KeptSession(self._model, session)
+        return KeptSession(self._model, session, adapter)
 
     async def tell_news(self) -> None:
         """Tells the app what happens to the chain, until it is cancelled."""
@@ -277,51 +284,44 @@ class GenerationJob:
         """Brings the session to the prompt's end; gives the output's last row, ``[1, hidden]``."""
         shared = _shared_length(kept.cached, self._prompt[:-1])
         del kept.cached[shared:]
-        size = min(PREFILL_PIECE_TOKENS, kept.session.max_step_tokens)
-        starts = range(shared, len(self._prompt), size)
+        before = self._adapter.prompt_rows
+        start = before + shared if kept.has_soft_prompt else 0
+        end = before + len(self._prompt)
         self._clock.prefilled_tokens = len(self._prompt) - shared
-        results: dict[int, StepResultRows] = {}
-        failures: list[PetaldError] = []
-        window = trio.CapacityLimiter(PREFILL_WINDOW)
-        done = shared
+        done = start
 
-        async def run_piece(
-            start: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-        ) -> None:
+        async def tell_piece(tokens: int) -> None:
             nonlocal done
-            ids = self._prompt[start : start + size]
-            hidden_SD = await self._executor.run(self._model.embed, ids, priority=Priority.PREFILL)
-            is_last = start == starts[-1]
-            wanted = Wanted.LAST if is_last else Wanted.NONE
-            async with window:
-                task_status.started()
-                try:
-                    results[start] = await kept.session.run_step(
-                        to_wire(hidden_SD, kept.session.codec), position=start, wanted=wanted
-                    )
-                except PetaldError as error:
-                    failures.append(error)
-                    return
-            done += len(ids)
-            if len(starts) > 1:
+            done += tokens
+            if tokens < end - start:  # there are several pieces
                 await self._send(
-                    Progress(
-                        job=self._request.job,
-                        event="prefill",
-                        done=done,
-                        total=len(self._prompt),
-                    )
+                    Progress(job=self._request.job, event="prefill", done=done, total=end)
                 )
 
-        async with trio.open_nursery() as nursery:
-            for start in starts:
-                await nursery.start(run_piece, start)
-                if failures:
-                    break
-        if failures:
-            raise failures[0]
+        results = await run_pieces(
+            kept.session,
+            start,
+            end,
+            functools.partial(self._make_piece, kept.session.codec),
+            is_last_wanted=True,
+            on_piece=tell_piece,
+        )
+        kept.has_soft_prompt = True
         kept.cached = list(self._prompt)
-        return self._read_row(kept, results[starts[-1]])
+        return self._read_row(kept, results[-1])
+
+    async def _make_piece(self, codec: str, start: int, end: int) -> WireTensor:
+        """Some rows of the soft prompt and the prompt, for the wire."""
+        before = self._adapter.prompt_rows
+        ids = self._prompt[max(0, start - before) : max(0, end - before)]
+        parts = []
+        if start < before and self._adapter.prompt_PD is not None:
+            parts.append(self._adapter.prompt_PD[start:end].to(self._model.ends.dtype))
+        if ids:
+            parts.append(
+                await self._executor.run(self._model.embed, ids, priority=Priority.PREFILL)
+            )
+        return to_wire(parts[0] if len(parts) == 1 else torch.cat(parts), codec)
 
     async def _decode(
         self, kept: KeptSession, token: int, hidden_SD: torch.Tensor, news: Generated
@@ -332,7 +332,7 @@ class GenerationJob:
         """
         result = await kept.session.run_step(
             to_wire(hidden_SD, kept.session.codec),
-            position=len(kept.cached),
+            position=self._adapter.prompt_rows + len(kept.cached),
             wanted=Wanted.LAST,
             meanwhile=functools.partial(self._send, news),
         )
@@ -383,15 +383,19 @@ def _encode_prompt(request: Generate, model: LocalModel) -> list[int]:
     return ids
 
 
-def _check_length(request: Generate, model: LocalModel, prompt_tokens: int) -> int:
-    """The most new tokens that this job may make."""
+def _check_length(
+    request: Generate, model: LocalModel, prompt_tokens: int, positions_before: int
+) -> int:
+    """The most new tokens that this job may make, where an adapter takes some positions."""
     if request.max_new_tokens < 1:
         raise BadRequest("max_new_tokens is 0; at least one token must be asked for")
-    room = model.identity.config.max_positions - prompt_tokens
+    most = model.identity.config.max_positions - positions_before
+    room = most - prompt_tokens
     if room < 1:
+        adapter = f", beside the adapter's {positions_before}," if positions_before else ""
         raise PromptTooLong(
             f"the prompt has {prompt_tokens} tokens, and {model.identity.name} takes "
-            f"{model.identity.config.max_positions} with the answer; shorten it"
+            f"{most}{adapter} with the answer; shorten it"
         )
     return min(request.max_new_tokens, room)
 

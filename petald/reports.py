@@ -125,6 +125,7 @@ def _server_status(server: Server) -> ServerStatus:
         free_cache_tokens=said.free_cache_tokens,
         cache_tokens=said.cache_tokens,
         round_trip_s=server.round_trip_s,
+        adapters=said.adapters,
     )
 
 

@@ -358,7 +358,12 @@ class _ModelChooser:
     """
 
     def __init__(
-        self, router: Router, model: ModelIdentity, *, hosted: str | None, prefix_tokens: int
+        self,
+        router: Router,
+        model: ModelIdentity,
+        *,
+        hosted: str | None = None,
+        prefix_tokens: int = 0,
     ) -> None:
         self.hosted = hosted
         self._router = router

@@ -140,6 +140,7 @@ class ServerStatus:
     Attributes:
         steps_per_s: decode steps through its whole span, by its own measurement.
         round_trip_s: measured from here; none where it never was.
+        adapters: that it hosts, by their full names.
     """
 
     peer: PeerName
@@ -152,6 +153,7 @@ class ServerStatus:
     free_cache_tokens: Count
     cache_tokens: Count
     round_trip_s: Seconds | None = None
+    adapters: Annotated[tuple[Name, ...], Bound(0, 8)] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,6 +197,8 @@ class Generate(Message):
         max_session_tokens: room for a kept session; 0 lets the daemon choose.
         max_wait_s: how long to wait where no server can run some blocks; none lets the daemon's
             configuration say.
+        adapter: the absolute path of a folder on the daemon's machine with an adapter in PEFT's
+            format, or the name of one that servers host; empty for none.
     """
 
     job: JobNumber
@@ -208,6 +212,7 @@ class Generate(Message):
     session: Annotated[str, Bound(0, 64)] = ""
     max_session_tokens: Tokens = 0
     max_wait_s: Seconds | None = None
+    adapter: Annotated[str, Bound(0, 4096)] = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

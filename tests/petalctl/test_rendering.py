@@ -103,6 +103,17 @@ def test_words_of_peers_are_text_and_not_markup() -> None:
     assert "a b" in page.getvalue()
 
 
+def test_hosted_adapters_are_told_with_their_blocks() -> None:
+    report = swarm_report(1)
+    swarm = report.models[0]
+    name = "poet@0123456789abcdef"
+    servers = tuple(replace(server, adapters=(name, "\x1b[31m@0")) for server in swarm.servers)
+    page = io.StringIO()
+    print_rich(render_swarm(replace(report, models=(replace(swarm, servers=servers),))), page)
+    assert f"  adapter:   {name}, 0:2 ×2, 2:3 ×1\n" in page.getvalue()  # noqa: RUF001
+    assert "\x1b" not in page.getvalue()
+
+
 def test_pages_fit_a_terminal_of_80_columns() -> None:
     for content in (render_status(status_report(1)), render_swarm(swarm_report(1))):
         page = io.StringIO()
