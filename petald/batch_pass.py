@@ -73,7 +73,7 @@ class BatchForm:
         tokens: of each, padding included.
         mask: uint8 ``[sequences, tokens]``; none where all tokens are real.
         adapter: the app's own; covers the blocks.
-        hosted: the name of an adapter that servers host.
+        hosted: the full name of an adapter that servers host.
         is_kept: the way back will be asked for.
         pieces_under_way: in each lane; 0: as many as keep the hops busy.
     """

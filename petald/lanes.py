@@ -15,7 +15,7 @@ from typing import Protocol
 import trio
 
 from kernels.errors import BadAdapter
-from p2p.wire.pass_messages import CODE_NOT_FINITE, CODE_SEQUENCE_TOO_LONG
+from p2p.wire.pass_messages import CODE_MISSING_ADAPTER, CODE_NOT_FINITE, CODE_SEQUENCE_TOO_LONG
 from petald.errors import HopFailed, MissingBlocks, NotFinite
 from petald.parallel_routing import ChainShare
 from petald.routing import Hop
@@ -27,10 +27,10 @@ LEAST_PIECES = 0.5
 RETRY_S = 1.0
 """Between two looks for a server where there is none."""
 
-FINAL_REASONS = (CODE_NOT_FINITE, CODE_SEQUENCE_TOO_LONG, "missing_adapter")
+FINAL_REASONS = (CODE_NOT_FINITE, CODE_SEQUENCE_TOO_LONG, CODE_MISSING_ADAPTER)
 """Where no other server is left after such a failure, waiting is of no use."""
 
-INNOCENT_REASONS = ("draining", "overloaded", CODE_SEQUENCE_TOO_LONG, "missing_adapter")
+INNOCENT_REASONS = ("draining", "overloaded", CODE_SEQUENCE_TOO_LONG, CODE_MISSING_ADAPTER)
 """A server that refuses in good faith is not used by this job, but not penalised."""
 
 News = Callable[[Moved | Waiting], None]

@@ -17,11 +17,13 @@ class ModelPassChooser:
     Args:
         router: keeps the view, and the memory of who failed.
         model: whose blocks are to be run.
+        hosted: the full name of an adapter that every server must host; none for none.
     """
 
-    def __init__(self, router: Router, model: ModelIdentity) -> None:
+    def __init__(self, router: Router, model: ModelIdentity, *, hosted: str | None = None) -> None:
         self._router = router
         self._model = model
+        self._hosted = hosted
 
     async def choose_lanes(
         self, *, start: int, end: int, max_lanes: int, excluded: frozenset[str], is_retry: bool
@@ -40,6 +42,7 @@ class ModelPassChooser:
                 max_chains=max_lanes,
                 penalties_s=self._router.penalties_s(),
                 excluded=excluded,
+                hosted=self._hosted,
             )
 
         age_s = REPAIR_VIEW_AGE_S if is_retry else VIEW_AGE_S

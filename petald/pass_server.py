@@ -22,6 +22,7 @@ from p2p.network import Network, Stream
 from p2p.rpc import FIRST_MESSAGE_BYTES, MessageStream, receive_first
 from p2p.wire.message import Message, expect
 from p2p.wire.pass_messages import (
+    CODE_MISSING_ADAPTER,
     CODE_NOT_FINITE,
     CODE_SEQUENCE_TOO_LONG,
     CODE_UNKNOWN_ADAPTER,
@@ -183,7 +184,7 @@ class PassServer:
         if request.hosted is not None:
             adapter = self._adapters.hosted.get(request.hosted)
             if adapter is None:
-                raise _RefusedPass("missing_adapter", "this server does not host that adapter")
+                raise _RefusedPass(CODE_MISSING_ADAPTER, "this server does not host that adapter")
             hosted = (adapter,)
         most = self._config.max_passes
         own = sum(one.client.remote_peer == client.remote_peer for one in self._streams)

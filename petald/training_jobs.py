@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -229,7 +229,12 @@ class TrainingJobs:
             form = _read_form(request, model, state)
             teller = _Teller(request.job, send)
             max_wait_s = self._max_wait_s if request.max_wait_s is None else request.max_wait_s
-            chooser = ModelPassChooser(self._router, model)
+            if request.hosted:
+                hosted = await self._router.find_hosted(
+                    model, request.hosted, start=form.start, end=form.end
+                )
+                form = replace(form, hosted=hosted)
+            chooser = ModelPassChooser(self._router, model, hosted=form.hosted)
             batch = BatchPass(
                 form,
                 model,

@@ -281,3 +281,40 @@ def test_chat_goes_on_after_a_failed_answer(run: Run, monkeypatch: pytest.Monkey
 def test_version_and_missing_command(run: Run) -> None:
     status, _, err = run()
     assert (status, err.count("\n")) == (2, 1)
+
+
+def test_an_adapter_is_a_folder_or_a_name(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "poet").mkdir()
+    with run_stand_in(answer_everything) as daemon:
+
+        def told(adapter: str) -> str:
+            assert run("--socket", daemon.path, "generate", "hi", "--adapter", adapter)[0] == 0
+            request = daemon.received[-1]
+            assert isinstance(request, Generate)
+            return request.adapter
+
+        folder = str(tmp_path / "poet")
+        assert told("poet") == "poet"  # no folder of this name is here
+        assert told("poet@0123456789abcdef") == "poet@0123456789abcdef"
+        assert told(folder) == folder
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert [told(text) for text in ("poet", "./poet/", "poet/../poet", "~/poet")] == [
+            folder
+        ] * 4
+        for missing in ("./painter", "poet/x", str(tmp_path / "x")):
+            status, _, err = run("--socket", daemon.path, "generate", "hi", "--adapter", missing)
+            assert status == 1
+            assert "there is no folder" in err
+        for asked in daemon.received:
+            assert isinstance(asked, Generate)
+
+
+def test_a_chat_keeps_its_adapter(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nagain\n"))
+    with run_stand_in(answer_everything) as daemon:
+        assert run("--socket", daemon.path, "chat", "--adapter", "poet")[0] == 0
+        asked = [each for each in daemon.received if isinstance(each, Generate)]
+        assert [each.adapter for each in asked] == ["poet", "poet"]

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import trio
 
 from kernels.adapter import SpanAdapter
 from kernels.adapter_form import AdapterForm, row_elements
 from kernels.checkpoint import Checkpoint
 from kernels.errors import BadAdapter
 from kernels.peft_files import save_lora, save_prefix, save_soft_prompt
+from kernels.span import load_span
 from p2p.wire.control_messages import Progress
-from petald.errors import BadRequest, PromptTooLong
+from petald.errors import BadRequest, ConfigError, MissingBlocks, PromptTooLong
+from petald.hosted_adapters import place_adapters, read_adapters
 from petald.job_adapter import NO_ADAPTER, AdapterFolders
+from petald.router import RETRY_VIEW_AGE_S
 from tests.helpers.daemon_world import open_daemon_world
 from tests.helpers.tiny_models import make_model, save_model
 
@@ -137,19 +141,64 @@ async def test_an_adapter_takes_of_the_models_positions(
             await world.generate(list(range(12)), 1, adapter=adapter)
 
 
+@pytest.mark.parametrize("name", ["poet", "poet@1111111111111111"])
 async def test_a_hosted_adapter_is_chosen_by_its_name(
-    checkpoint: Checkpoint, tmp_path: Path
+    checkpoint: Checkpoint, tmp_path: Path, name: str
 ) -> None:
     values_LE = make_values(checkpoint, LORA)
     whole = SpanAdapter(checkpoint.config, LORA, 0, values_LE)
     names = dict.fromkeys(("poet", "poet@1111111111111111"), whole)
-    async with open_daemon_world(
-        checkpoint, tmp_path, (0, 2), (2, 4), (0, 4), hosted_adapters=names
-    ) as world:
-        full = "poet@1111111111111111"
-        await world.announce({0: (full,), 1: (full,), 2: ("poet@2222222222222222",)})
-        adapter = await AdapterFolders().find(full, world.identity)
+    spans = [(0, 2), (2, 4), (0, 4), (2, 4)]
+    async with open_daemon_world(checkpoint, tmp_path, *spans, hosted_adapters=names) as world:
+        adapter = await AdapterFolders().find(name, world.identity)
+        with pytest.raises(MissingBlocks, match="poet"):
+            await world.generate(PROMPT, 4, adapter=adapter)
+        full, other = "poet@1111111111111111", "poet@2222222222222222"
+        await world.announce({0: (full,), 1: (full,), 3: (other,)})
+        await trio.sleep(RETRY_VIEW_AGE_S)
         done, kept = await world.generate(PROMPT, 4, adapter=adapter)
-        assert len(done.chain) == 2
+        assert [hop.peer for hop in done.chain] == [
+            network.peer for network in world.swarm.networks[:2]
+        ]
         assert list(done.tokens) == world.expected_tokens(PROMPT, 4, adapters=(whole,))
         await kept.session.close()
+
+
+async def test_a_host_that_has_something_else_by_now_is_left(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    whole = SpanAdapter(checkpoint.config, LORA, 0, make_values(checkpoint, LORA))
+    full = "poet@1111111111111111"
+    async with open_daemon_world(
+        checkpoint, tmp_path, (0, 4), (0, 4), hosted_adapters={full: whole}
+    ) as world:
+        await world.announce({0: (full,), 1: (full,)})
+        for store in world.swarm.stores[:1]:
+            store.hosted = {"poet": whole, "poet@2222222222222222": whole}
+        adapter = await AdapterFolders().find("poet", world.identity)
+        done, kept = await world.generate(PROMPT, 2, adapter=adapter)
+        assert [hop.peer for hop in done.chain] == [world.swarm.networks[1].peer]
+        await kept.session.close()
+
+
+def test_hosted_adapters_are_read_once_and_placed_in_parts(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    config = checkpoint.config
+    values_LE = make_values(checkpoint, LORA)
+    save_lora(tmp_path / "a", config, LORA, values_LE, base_model="")
+    save_lora(tmp_path / "b", config, LORA, -values_LE, base_model="")
+    save_soft_prompt(tmp_path / "soft", config, torch.zeros(3, 48), base_model="")
+    one, other = read_adapters([f"poet={tmp_path}/a", f"painter={tmp_path}/b"], config)
+    assert (one.name, other.name) == ("poet", "painter")
+    (again,) = read_adapters([f"poet={tmp_path}/b"], config)
+    assert again.full_name.partition("@")[2] == other.full_name.partition("@")[2]
+    assert again.full_name != one.full_name
+    span = load_span(checkpoint, 1, 3, dtype=torch.float32, device=torch.device("cpu"))
+    placed = place_adapters([one, other], span)
+    assert set(placed) == {"poet", one.full_name, "painter", other.full_name}
+    torch.testing.assert_close(placed["poet"].values_LE, values_LE[1:3])
+    assert (placed["poet"].start, placed["poet"].end) == (1, 3)
+    for text, problem in ((f"x={tmp_path}/soft", "soft prompt"), ("x=/nowhere", "/nowhere")):
+        with pytest.raises(ConfigError, match=problem):
+            read_adapters([text], config)

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petald.errors import MissingBlocks
+from petald.config import MAX_HOSTED_ADAPTERS
+from petald.coverage import find_hosted
+from petald.errors import BadRequest, MissingBlocks
+from petald.parallel_routing import choose_parallel_chains
 from petald.routing import (
     UNKNOWN_ROUND_TRIP_S,
     Hop,
@@ -19,6 +22,7 @@ from petald.routing import (
     should_move,
 )
 from petald.swarm import (
+    MAX_ADAPTERS,
     MAX_ANNOUNCEMENT_BYTES,
     MAX_ROUND_TRIPS,
     Announcement,
@@ -26,6 +30,7 @@ from petald.swarm import (
     Server,
     ServerState,
     SwarmView,
+    adapter_full_name,
     make_view,
     peer_digest,
 )
@@ -44,6 +49,7 @@ def make_server(
     state: str = ServerState.SERVING,
     queue_ms: float = 0.0,
     pairs: Mapping[str, float] | None = None,
+    adapters: tuple[str, ...] = (),
 ) -> Server:
     return Server(
         peer=peer,
@@ -63,6 +69,7 @@ def make_server(
                 for other, ms in (pairs or {}).items()
                 if other != peer
             ),
+            adapters=adapters,
         ),
     )
 
@@ -315,7 +322,51 @@ def test_a_session_moves_only_where_it_pays(
 
 
 def test_an_announcement_with_every_field_is_small() -> None:
-    server = make_server("a", 0, 6, pairs={f"{n}": 1.5 for n in range(MAX_ROUND_TRIPS)})
+    names = [adapter_full_name("n" * 63 + str(n), bytes([n] * 32)) for n in range(MAX_ADAPTERS)]
+    pairs = {f"{n}": 1.5 for n in range(MAX_ROUND_TRIPS)}
+    server = make_server("a", 0, 6, pairs=pairs, adapters=tuple(names))
     body = server.announcement.encode()
     assert Announcement.decode(body) == server.announcement
     assert len(body) < MAX_ANNOUNCEMENT_BYTES / 4
+
+
+ONE, OTHER = "poet@1111111111111111", "poet@2222222222222222"
+
+
+def test_only_servers_that_host_the_adapter_are_chosen() -> None:
+    view = make_swarm(
+        make_server("quick", 0, 6, step_ms=1.0),
+        make_server("a", 0, 3, adapters=("x@0", ONE)),
+        make_server("b", 3, 6, adapters=(ONE,)),
+        make_server("c", 3, 6, step_ms=1.0, adapters=(OTHER,)),
+    )
+    assert spans(choose_chain(view, needed_tokens=1)) == [("quick", 0, 6)]
+    chosen = [("a", 0, 3), ("b", 3, 6)]
+    assert spans(choose_chain(view, needed_tokens=1, hosted=ONE)) == chosen
+    (share,) = choose_parallel_chains(view, hosted=ONE)
+    assert spans(share.hops) == chosen
+    for hosted, ranges in ((OTHER, ((0, 3),)), ("nobody@0", ((0, 6),))):
+        with pytest.raises(MissingBlocks, match=hosted) as caught:
+            choose_chain(view, needed_tokens=1, hosted=hosted)
+        assert caught.value.ranges == ranges
+
+
+def test_an_adapters_name_stands_for_the_one_that_covers_the_blocks() -> None:
+    whole = [make_server("a", 0, 3, adapters=(ONE,)), make_server("b", 3, 6, adapters=(ONE,))]
+    part = make_server("c", 2, 6, adapters=(OTHER, "poets@3"))
+    leaving = make_server("d", 0, 2, adapters=(OTHER,), state=ServerState.LEAVING)
+    view = make_swarm(*whole, part, leaving)
+    assert find_hosted(view, "poet") == ONE
+    assert find_hosted(view, "other@1") == "other@1"
+    with pytest.raises(BadRequest, match=f"{ONE}, {OTHER}"):
+        find_hosted(view, "poet", start=3)
+    with pytest.raises(BadRequest, match="say which"):
+        find_hosted(make_swarm(*whole, make_server("c", 0, 6, adapters=(OTHER,))), "poet")
+    with pytest.raises(MissingBlocks, match=f"{ONE} lacks blocks 3:6; {OTHER} lacks blocks 0:2"):
+        find_hosted(make_swarm(whole[0], part, leaving), "poet")
+    with pytest.raises(MissingBlocks, match="no server hosts an adapter 'painter'"):
+        find_hosted(view, "painter")
+
+
+def test_a_server_can_announce_all_that_it_may_host() -> None:
+    assert MAX_HOSTED_ADAPTERS == MAX_ADAPTERS
