@@ -79,7 +79,8 @@ def run_forward(span: Span, work: PassWork) -> Generator[None, None, torch.Tenso
     runner = _Runner(span, work)
     hidden_BSD = work.hidden_BSD
     for number in range(work.start, work.end):
-        with torch.inference_mode(), _memory_guard(span, work):
+        # Not inference_mode: of what it makes, no gradient can be taken in a later pass.
+        with torch.no_grad(), _memory_guard(span, work):
             hidden_BSD = runner.run_block(number, hidden_BSD, runner.trained_row(number))
         yield
     return hidden_BSD
@@ -176,10 +177,16 @@ class _Runner:
         return block.forward(hidden_BSD, self._positions, self._mask_BT, in_block)
 
     def trace_block(self, number: int, hidden_BSD: torch.Tensor) -> _BlockGraph:
-        input_BSD = hidden_BSD.detach().requires_grad_()
+        input_BSD = _leaf(hidden_BSD)
         row_E = self.trained_row(number)
-        leaf_E = None if row_E is None else row_E.detach().requires_grad_()
+        leaf_E = None if row_E is None else _leaf(row_E)
         return _BlockGraph(number, input_BSD, leaf_E, self.run_block(number, input_BSD, leaf_E))
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a beginning of a graph; a copy only where torch asks for one."""
+    detached = tensor.clone() if tensor.is_inference() else tensor.detach()
+    return detached.requires_grad_()
 
 
 def _split(start: int, end: int, group_blocks: int) -> list[tuple[int, int]]:
