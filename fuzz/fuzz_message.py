@@ -13,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs as a file, from anywh
 
 import p2p.wire.control_messages
 import p2p.wire.directory_messages
+import p2p.wire.pass_messages
 import p2p.wire.replies
-import p2p.wire.session_messages  # noqa: F401
+import p2p.wire.session_messages
+import p2p.wire.training_messages  # noqa: F401
 from fuzz.campaign import main
 from p2p.errors import MessageTooLarge, RemoteProtocolError
 from p2p.wire.frame import HEADER_BYTES

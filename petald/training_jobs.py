@@ -246,6 +246,8 @@ class TrainingJobs:
             await teller.run(partial(batch.run_forward, rows, teller.send_rows))
             if request.is_kept:
                 state.forwards[request.job] = batch
+            else:  # before the app hears of the end
+                batch.close()
             await send(
                 ForwardDone(
                     job=request.job,
@@ -282,6 +284,7 @@ class TrainingJobs:
                 raise
             timings, chains = teller.timings(batch), _wire_chains(batch)
             batch.close()
+            rows.history.close()
             if gradient_LE is not None:
                 await _send_gradient(request.job, batch.form.start, gradient_LE, send)
             await send(

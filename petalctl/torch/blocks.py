@@ -43,17 +43,27 @@ class Daemon:
 
     def __init__(self, client: TrainingClient) -> None:
         self.client = client
-        self._put: dict[int, tuple[weakref.ref[RemoteAdapter], tuple[int, int]]] = {}
+        self._put: dict[int, tuple[weakref.ref[RemoteAdapter], tuple[int, int, int]]] = {}
         self._forgotten: deque[int] = deque()
 
-    def put_adapter(self, adapter: RemoteAdapter, model: str) -> int:
+    def put_adapter(
+        self, adapter: RemoteAdapter, model: str, values_LE: torch.Tensor | None = None
+    ) -> int:
         """Gives the daemon an adapter, unless it has these very numbers; gives its number there.
+
+        Args:
+            adapter: the adapter.
+            model: a name that the daemon routes for.
+            values_LE: its numbers, where they are not those that it has now.
 
         Raises:
             JobError: the daemon does not take it.
         """
-        values = adapter.values
-        version = (values._version, values.data_ptr())
+        given = adapter.values if values_LE is None else values_LE
+        values = given.detach()
+        # Whoever writes to ``values.data`` changes no version: hence the sum of the bits.
+        bits = values.contiguous().view(torch.int32).sum(dtype=torch.int64).item()
+        version = (given._version, values.data_ptr(), int(bits))
         number = next((n for n, (ref, _) in self._put.items() if ref() is adapter), None)
         if number is None:
             gone = [n for n, (ref, _) in self._put.items() if ref() is None]
@@ -164,7 +174,12 @@ class RemoteBlocks(nn.Module):
         """
         _check(hidden_states, attention_mask)
         values = None if self.adapter is None else self.adapter.values
-        output: torch.Tensor = _RemotePass.apply(hidden_states, values, attention_mask, self)  # type: ignore[no-untyped-call]
+        is_kept = torch.is_grad_enabled() and (
+            hidden_states.requires_grad or (values is not None and values.requires_grad)
+        )
+        output: torch.Tensor = _RemotePass.apply(
+            hidden_states, values, attention_mask, self, is_kept
+        )  # type: ignore[no-untyped-call]
         return output
 
     def extra_repr(self) -> str:
@@ -172,12 +187,19 @@ class RemoteBlocks(nn.Module):
         return f"{self.model or 'the model'}, blocks {self.start}:{self.end or ''}"
 
     def run_forward(
-        self, hidden_BSD: torch.Tensor, mask_BS: torch.Tensor | None, *, is_kept: bool
+        self,
+        hidden_BSD: torch.Tensor,
+        values_LE: torch.Tensor | None,
+        mask_BS: torch.Tensor | None,
+        *,
+        is_kept: bool,
     ) -> tuple[int, torch.Tensor]:
         """Runs a batch; gives the number of the pass, and the output, on the CPU."""
         daemon = daemon_of(self.client)
         daemon.forget_now()
-        number = None if self.adapter is None else daemon.put_adapter(self.adapter, self.model)
+        number = None
+        if self.adapter is not None and values_LE is not None:
+            number = daemon.put_adapter(self.adapter, self.model, values_LE)
         batch, tokens, width = hidden_BSD.shape
         output_SD = torch.empty(batch * tokens, width, dtype=hidden_BSD.dtype)
         request = ForwardBatch(
@@ -249,9 +271,9 @@ class _RemotePass(torch.autograd.Function):
         values_LE: torch.Tensor | None,
         mask_BS: torch.Tensor | None,
         blocks: RemoteBlocks,
+        is_kept: bool,
     ) -> torch.Tensor:
-        is_kept = any(ctx.needs_input_grad[:2])
-        number, output_BSD = blocks.run_forward(hidden_BSD, mask_BS, is_kept=is_kept)
+        number, output_BSD = blocks.run_forward(hidden_BSD, values_LE, mask_BS, is_kept=is_kept)
         if is_kept:
             ctx.save_for_backward(hidden_BSD, values_LE, mask_BS)
             ctx.blocks = blocks
@@ -277,12 +299,12 @@ class _RemotePass(torch.autograd.Function):
             if error.code != "unknown_forward":
                 raise
             # It was run back already (retain_graph), or the connection is another.
-            ctx.number, _ = blocks.run_forward(hidden_BSD, mask_BS, is_kept=True)
+            ctx.number, _ = blocks.run_forward(hidden_BSD, values_LE, mask_BS, is_kept=True)
             input_BSD, of_adapter_LE = blocks.run_backward(ctx.number, gradient_BSD)
         ctx.forget.detach()
         if of_adapter_LE is not None and values_LE is not None:
             of_adapter_LE = of_adapter_LE.to(values_LE.device)
-        return input_BSD.to(hidden_BSD.device), of_adapter_LE, None, None
+        return input_BSD.to(hidden_BSD.device), of_adapter_LE, None, None, None
 
 
 def _taker(output_SD: torch.Tensor) -> Callable[[BatchRows], None]:
