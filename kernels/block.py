@@ -142,10 +142,8 @@ class DecoderBlock:
         """
         batch, tokens, width = hidden_BSD.shape
         rows_SD = hidden_BSD.reshape(batch * tokens, width)
-        cos_S1H, sin_S1H = (part.repeat(batch, 1, 1) for part in positions)
-        projected = self._project(rows_SD, (cos_S1H, sin_S1H), adapters)
-        query_BSNH, keys_BTKH, values_BTKH = (
-            part.reshape(batch, tokens, part.shape[1], self._head_size) for part in projected
+        query_BSNH, keys_BTKH, values_BTKH = self._project(
+            rows_SD, positions, adapters, shape=(batch, tokens)
         )
         prefixes = [adapter.prefix for adapter in adapters if adapter.prefix is not None]
         if prefixes:
@@ -160,14 +158,19 @@ class DecoderBlock:
         hidden_SD: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor],
         adapters: Sequence[BlockAdapter],
+        *,
+        shape: tuple[int, ...] = (-1,),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rows = hidden_SD.shape[0]
+        """Queries, keys and values, with the rows in some shape: ``[*shape, N or K, H]``."""
         turned = self._heads + self._kv_heads
-        qkv_SNH = self._qkv.apply(self._input_norm.apply(hidden_SD), adapters).view(
-            rows, turned + self._kv_heads, self._head_size
+        qkv = self._qkv.apply(self._input_norm.apply(hidden_SD), adapters).view(
+            *shape, turned + self._kv_heads, self._head_size
         )
-        turned_SNH = rotate(qkv_SNH[:, :turned], *positions)
-        return turned_SNH[:, : self._heads], turned_SNH[:, self._heads :], qkv_SNH[:, turned:]
+        to_turn, values = torch.split(qkv, [turned, self._kv_heads], dim=-2)
+        queries, keys = torch.split(
+            rotate(to_turn, *positions), [self._heads, self._kv_heads], dim=-2
+        )
+        return queries, keys, values
 
     def _finish(
         self,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm:
@@ -22,9 +25,48 @@ class RMSNorm:
         self._shape = (weight_D.shape[0],)
 
     def apply(self, x_SD: torch.Tensor) -> torch.Tensor:
-        """The normalised rows, ``[S, D]``."""
+        """The normalised rows, ``[S, D]``; differentiable with respect to the input."""
+        if torch.is_grad_enabled() and x_SD.requires_grad:
+            normed_SD: torch.Tensor = _Normalisation.apply(x_SD, self)  # type: ignore[no-untyped-call]
+            return normed_SD
+        return self.normalise(x_SD)
+
+    def normalise(self, x_SD: torch.Tensor) -> torch.Tensor:
+        """`apply` without a gradient."""
         if x_SD.dtype in (torch.float32, torch.float64):
             return F.rms_norm(x_SD, self._shape, self.weight_D, self._eps)
         # Llama rounds to the dtype before the gain, and so must we, to give the same.
         normed_SD = F.rms_norm(x_SD.float(), self._shape, None, self._eps)
         return normed_SD.to(x_SD.dtype) * self.weight_D
+
+    def backward(self, x_SD: torch.Tensor, gradient_SD: torch.Tensor) -> torch.Tensor:
+        """The gradient of the input, ``[S, D]``, from that of the output.
+
+        With ``r`` one over the root of the mean square and ``n = x * r``, that of ``n`` is turned
+        into ``r * (g - n * mean(g * n))``.
+        """
+        wide = torch.float64 if x_SD.dtype == torch.float64 else torch.float32
+        of_normed_SD = (gradient_SD * self.weight_D).to(wide)
+        x_SD = x_SD.to(wide)
+        scale_S1 = (x_SD.square().mean(dim=-1, keepdim=True) + self._eps).rsqrt_()
+        normed_SD = x_SD * scale_S1
+        along_S1 = (of_normed_SD * normed_SD).mean(dim=-1, keepdim=True)
+        of_normed_SD.addcmul_(normed_SD, along_S1, value=-1).mul_(scale_S1)
+        return of_normed_SD.to(gradient_SD.dtype)
+
+
+class _Normalisation(torch.autograd.Function):
+    """`RMSNorm.apply`, of which only the input is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SD: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        ctx.save_for_backward(x_SD)
+        ctx.norm = norm
+        return norm.normalise(x_SD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_SD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x_SD,) = ctx.saved_tensors
+        norm: RMSNorm = ctx.norm
+        return norm.backward(x_SD, gradient_SD), None

@@ -62,12 +62,13 @@ class PassGradients:
 def graph_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """What autograd keeps for one token in one block, about: the inputs of each of its products.
 
-    Counted in `kernels.block`: two norms (input and output), query, key, value, the repeated keys
-    and values, attention's output, the residual, and of the MLP gate, up, the activation and the
-    product. ``tests/kernels/test_span_pass.py`` holds it against what torch allocates.
+    Counted in `kernels.block`, where an adapter has pairs everywhere: both norms' inputs and
+    outputs, query and key, the repeated keys and values, attention's output, and of the MLP gate,
+    up and their product. Without pairs it is a third less. ``tests/kernels/test_span_pass.py``
+    holds it against what torch keeps.
     """
-    attention = 4 * config.query_size + 2 * config.kv_size + 2 * config.query_size
-    return dtype.itemsize * (5 * config.hidden_size + attention + 5 * config.ffn_size)
+    attention = 4 * config.query_size + config.kv_size
+    return dtype.itemsize * (4 * config.hidden_size + attention + 3 * config.ffn_size)
 
 
 def run_forward(span: Span, work: PassWork) -> Generator[None, None, torch.Tensor]:
