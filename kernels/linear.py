@@ -13,11 +13,12 @@ Shapes: S rows, I width in, O width out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
-from kernels.adapter import BlockAdapter
+from kernels.adapter import BlockAdapter, add_pairs
 
 
 class Linear:
@@ -38,7 +39,10 @@ class Linear:
     ) -> None:
         self.weight_IO = weight_OI.t().contiguous()
         self.bias_O = bias_O
-        self._parts = tuple(parts)
+        ends = itertools.accumulate(width for _, width in parts)
+        self._columns = [
+            (name, slice(end - width, end)) for (name, width), end in zip(parts, ends, strict=True)
+        ]
 
     @property
     def num_parameters(self) -> int:
@@ -70,11 +74,10 @@ class Linear:
     def _adapt(
         self, output_SO: torch.Tensor, x_SI: torch.Tensor, adapters: Sequence[BlockAdapter]
     ) -> torch.Tensor:
-        pairs = [[a.pairs[name] for a in adapters if name in a.pairs] for name, _ in self._parts]
-        if not any(pairs):
-            return output_SO
-        columns = list(torch.split(output_SO, [width for _, width in self._parts], dim=-1))
-        for number, of_part in enumerate(pairs):
-            for pair in of_part:
-                columns[number] = pair.add_to(columns[number], x_SI)
-        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+        pairs = [
+            (columns, adapter.pairs[name])
+            for name, columns in self._columns
+            for adapter in adapters
+            if name in adapter.pairs
+        ]
+        return add_pairs(output_SO, x_SI, pairs) if pairs else output_SO
