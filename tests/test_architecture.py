@@ -79,6 +79,8 @@ def loaded_after(program: str) -> set[str]:
     [
         ("petalctl.cli", {"torch", "numpy", "trio", "libp2p", "petald", "transformers"}),
         ("petalctl.client", {"torch", "numpy", "trio", "libp2p", "petald"}),
+        ("petalctl.passes", {"torch", "numpy", "trio", "libp2p", "petald"}),
+        ("petalctl.torch", {"trio", "libp2p", "petald", "transformers"}),
         ("petald.config", {"torch", "numpy", "trio", "libp2p", "multiaddr", "transformers"}),
         ("petald.log", {"torch", "trio", "libp2p"}),
         ("p2p.wire.message", {"torch", "numpy", "trio", "libp2p"}),

@@ -11,6 +11,7 @@ import torch
 import trio
 
 from kernels.adapter import SpanAdapter
+from kernels.adapter_form import AdapterForm, row_elements
 from kernels.checkpoint import Checkpoint
 from kernels.span import Span, load_span
 from p2p.memory_network import MemoryHub, MemoryNetwork, open_memory_hub
@@ -57,6 +58,7 @@ class PassWorld:
         self.executors: list[Executor] = []
         self.penalised: list[str] = []
         self.news: list[Moved | Waiting] = []
+        self.hosted: dict[str, LentAdapter] = {}
         self.max_wait_s = 5.0
 
     def load(self, start: int, end: int) -> Span:
@@ -68,7 +70,10 @@ class PassWorld:
         network = self.hub.make_network(f"server {len(self.servers)}")
         store = AdapterStore(
             span,
-            hosted={},
+            hosted={
+                name: SpanAdapter(span.config, lent.form, 0, lent.values_LE)
+                for name, lent in self.hosted.items()
+            },
             limit_bytes=self.config.adapter_bytes,
             max_adapter_bytes=self.config.max_adapter_bytes,
         )
@@ -169,10 +174,14 @@ def reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Output, gradient of the input, and of the adapter, by the whole span in one go."""
     hidden_BSD = hidden_BSD.clone().requires_grad_()
+    config = world.checkpoint.config
     adapters, leaves = [], [hidden_BSD]
+    if form.hosted is not None:
+        hosted = world.hosted[form.hosted]
+        adapters.append(SpanAdapter(config, hosted.form, 0, hosted.values_LE))
     if form.adapter is not None:
         values_LE = form.adapter.values_LE.clone().requires_grad_()
-        adapters.append(SpanAdapter(world.checkpoint.config, form.adapter.form, 0, values_LE))
+        adapters.append(SpanAdapter(config, form.adapter.form, 0, values_LE))
         leaves.append(values_LE)
     output_BSD = world.whole.forward(
         hidden_BSD, start=form.start, end=form.end, mask_BS=mask_BS, adapters=adapters
@@ -187,9 +196,7 @@ def wire_mask(mask_BS: torch.Tensor) -> WireTensor:
     return WireTensor("uint8", tuple(mask_BS.shape), data)
 
 
-def make_adapter(world: PassWorld, form: Any, seed: int = 0) -> LentAdapter:
-    from kernels.adapter_form import row_elements
-
+def make_adapter(world: PassWorld, form: AdapterForm, seed: int = 0) -> LentAdapter:
     config = world.checkpoint.config
     generator = torch.Generator().manual_seed(seed)
     shape = (config.num_blocks, row_elements(config, form))
@@ -204,6 +211,7 @@ async def open_pass_world(
     dtype: torch.dtype = torch.float64,
     config: ServeConfig | None = None,
     latency_s: float = 0.0,
+    hosted: AdapterForm | None = None,
 ) -> AsyncIterator[PassWorld]:
     async with (
         AsyncExitStack() as stack,
@@ -211,6 +219,8 @@ async def open_pass_world(
         trio.open_nursery() as nursery,
     ):
         world = PassWorld(hub, checkpoint, dtype, config or ServeConfig(model="tiny"))
+        if hosted is not None:
+            world.hosted["poems"] = make_adapter(world, hosted, seed=9)
         for start, end in spans:
             await world.add_server(start, end, stack)
         await nursery.start(world.links.run)

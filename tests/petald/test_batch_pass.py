@@ -112,6 +112,16 @@ async def test_masks_and_some_blocks(checkpoint: Checkpoint) -> None:
         await check(world, form, mask_BS)
 
 
+async def test_an_adapter_is_trained_on_top_of_one_that_servers_host(
+    checkpoint: Checkpoint,
+) -> None:
+    async with open_pass_world(checkpoint, (0, 2), (2, 4), hosted=LORA) as world:
+        await check(world, make_form(world, BOTH, hosted="poems"))
+        with pytest.raises(HopFailed, match="does not host"):
+            await run_forward(world, world.batch(make_form(world, hosted="songs")), tensors()[0])
+        assert not world.penalised
+
+
 async def test_a_server_with_little_memory_cuts_batches_up_and_computes_blocks_twice(
     checkpoint: Checkpoint,
 ) -> None:
