@@ -51,3 +51,9 @@ class BadAdapter(KernelError):
     """An adapter does not fit the model, or its files are of no use: take another."""
 
     code = "bad_adapter"
+
+
+class BadConversation(KernelError):
+    """A conversation is not one that the model's chat template takes: correct it."""
+
+    code = "bad_request"

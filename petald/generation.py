@@ -45,7 +45,7 @@ from petald.scheduler import Priority
 from petald.session_actions import Moved, StepResultRows, Waiting
 from petald.step_pieces import run_pieces
 from petald.tensors import from_wire, to_wire
-from petald.tokenizer import TextStream
+from petald.text_stream import TextStream
 
 KEPT_SESSION_SPARE_TOKENS = 2048
 """Room that a kept session gets beyond its first job when the app does not say how much."""
@@ -126,7 +126,7 @@ class GenerationJob:
         adapter: that the app chose.
 
     Raises:
-        BadRequest, PromptTooLong, BadSampling: the request cannot be done by anybody.
+        BadRequest, BadConversation, PromptTooLong, BadSampling: nobody can do what is asked for.
     """
 
     def __init__(

@@ -20,11 +20,11 @@ from kernels.head import Ends, load_ends
 from kernels.model_config import ModelConfig, load_model_config
 from kernels.model_store import find_model, fingerprint, list_models
 from kernels.sampling import Sampler
+from kernels.tokenizer import Tokenizer
 from petald.errors import UnknownModel
 from petald.executor import Executor
 from petald.log import get_logger
 from petald.scheduler import Priority
-from petald.tokenizer import Tokenizer
 
 log = get_logger(__name__)
 

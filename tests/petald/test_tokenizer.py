@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from kernels.errors import CorruptCheckpoint
-from petald.errors import BadRequest
-from petald.tokenizer import MAX_WINDOW_TOKENS, TextStream, Tokenizer
+from kernels.errors import BadConversation, CorruptCheckpoint
+from kernels.tokenizer import Tokenizer
+from petald.text_stream import MAX_WINDOW_TOKENS, TextStream
 from tests.helpers.real_model import real_model_folder
 
 TEMPLATE = (
@@ -181,7 +181,7 @@ def test_encode_adds_what_the_tokenizer_adds_and_chat_does_not():
 
 
 def test_missing_template_says_what_to_do():
-    with pytest.raises(BadRequest, match="raw"):
+    with pytest.raises(BadConversation, match="raw"):
         make(byte_level_backend(), template=None).encode_chat([Turn("user", "hi")])
 
 
@@ -198,7 +198,7 @@ def test_missing_template_says_what_to_do():
 )
 def test_template_that_fails_is_a_bad_request(template):
     tokenizer = make(byte_level_backend(), template=template)
-    with pytest.raises(BadRequest, match="template"):
+    with pytest.raises(BadConversation, match="template"):
         tokenizer.encode_chat([Turn("user", "hi")])
 
 
