@@ -18,6 +18,7 @@ from petalctl.models import add_model_parser
 from petalctl.option_values import number, whole_number
 from petalctl.service import add_service_parser
 from petalctl.terminal import give_up_standard_output, neutralise, prepare_standard_streams, tell
+from petalctl.train_options import add_train_parser
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -110,6 +111,7 @@ def build_parser(*, wants_json: bool = False) -> argparse.ArgumentParser:
     _add_demo(commands)
     add_model_parser(commands)
     add_service_parser(commands)
+    _add_socket(add_train_parser(commands, _late("petalctl.train_command", "run_train")))
     return parser
 
 
