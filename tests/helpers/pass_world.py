@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -141,12 +141,9 @@ class Collected:
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         self.values_BSD = torch.full(shape, torch.nan, dtype=dtype)
-        self.on_rows: Callable[[], Awaitable[None]] | None = None
 
     async def take(self, row: int, rows: WireTensor) -> None:
         self.values_BSD.flatten(0, 1)[row : row + rows.shape[0]] = plain_tensor(rows)
-        if self.on_rows is not None:
-            await self.on_rows()
 
 
 async def run_forward(

@@ -196,16 +196,19 @@ async def test_a_server_killed_later(
         expected = reference(world, form, hidden_BSD, gradient_BSD)
         batch = world.batch(form)
         await run_forward(world, batch, hidden_BSD)
-        collected = Collected(gradient_BSD.shape, gradient_BSD.dtype)
-
-        async def kill() -> None:
-            collected.on_rows = None
-            world.hub.kill(world.peer(1))
-
         if when == "between":
-            await kill()
-        else:
-            collected.on_rows = kill
+            world.hub.kill(world.peer(1))
+        dying = world.passes[1]
+        run_really = dying.run_backward
+
+        async def run_once(*args: Any, **more: Any) -> Any:
+            if dying.backward_passes:
+                world.hub.kill(world.peer(1))
+                await trio.sleep_forever()
+            return await run_really(*args, **more)
+
+        dying.run_backward = run_once  # type: ignore[method-assign]
+        collected = Collected(gradient_BSD.shape, gradient_BSD.dtype)
         of_adapter = await batch.run_backward(world.rows(gradient_BSD), collected.take)
         torch.testing.assert_close(collected.values_BSD, expected[1])
         torch.testing.assert_close(of_adapter, expected[2])
