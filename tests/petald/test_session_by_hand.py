@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from petald import session_actions as do
+from petald.session import OPEN_S
 from tests.helpers.session_by_hand import SessionByHand, hop_at
 from tests.helpers.session_rows import SimRows
 
@@ -287,3 +288,18 @@ def test_a_number_that_was_never_sent_is_blamed_on_who_pushed_it_first() -> None
     # Those behind take no lower number now, and are made anew; the first victim needs only a link.
     closed = [each.hop for each in hand.all if isinstance(each, do.CloseHop)]
     assert closed == [hops[0], hops[2], hops[3]]
+
+
+def test_a_hop_that_needs_something_first_has_the_time_for_it() -> None:
+    for needs_s in (0.0, 30.0):
+        hand = SessionByHand()
+        hand.feed("start")
+        (hop,) = hand.choose(hop_at("A", 0, 8), opens=False)
+        if needs_s:
+            hand.feed("on_opening_takes", hop, needs_s)
+        hand.pass_time(needs_s + OPEN_S - 0.1)
+        assert not hand.found(do.CloseHop)
+        hand.pass_time(0.2)
+        assert [closed.hop for closed in hand.found(do.CloseHop)] == [hop]
+        hand.feed("on_opening_takes", hop, needs_s)  # too late: it is gone
+        assert not hand.last
