@@ -16,7 +16,7 @@ from kernels.adapter import SpanAdapter
 from kernels.adapter_form import AdapterForm, row_elements
 from kernels.checkpoint import Checkpoint
 from p2p.wire.tensor import WireTensor
-from p2p.wire.training_messages import OpenHiddenSession, RunHiddenStep
+from p2p.wire.training_messages import BatchRows, ForwardBatch, OpenHiddenSession, RunHiddenStep
 from petalctl.errors import JobError
 from petalctl.passes import TrainingClient
 from petald.adapter_store import adapter_rows, write_shape
@@ -65,6 +65,7 @@ async def open_socket(world: DaemonWorld) -> AsyncIterator[Path]:
         )
         config = DaemonConfig(socket=path, state_dir=path.parent)
         async with open_control_socket(config) as listener, trio.open_nursery() as nursery:
+            await nursery.start(links.run)
             nursery.start_soon(serve_control, listener, jobs)
             yield path
             nursery.cancel_scope.cancel()
@@ -179,6 +180,39 @@ async def test_a_session_runs_with_an_adapter_that_was_put(
 
         await use(path, talk)
         await world.swarm.wait_free()
+
+
+async def test_a_pass_is_run_where_the_adapter_is_hosted(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    shape = (4, row_elements(checkpoint.config, FORM))
+    values_LE = 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    own = SpanAdapter(checkpoint.config, FORM, 0, values_LE)
+    full = "poet@0123456789abcdef"
+    spans = [(0, 4), (0, 2), (2, 4)]
+    async with (
+        open_daemon_world(checkpoint, tmp_path, *spans, hosted_adapters={full: own}) as world,
+        open_socket(world) as path,
+    ):
+        await world.announce({1: (full,), 2: (full,)})
+        hidden_SD = world.swarm.hidden_SD
+        output_SD = torch.empty_like(hidden_SD)
+
+        def take(rows: BatchRows) -> None:
+            output_SD[rows.row : rows.row + rows.hidden.shape[0]] = plain_tensor(rows.hidden)
+
+        def talk(client: TrainingClient) -> None:
+            request = ForwardBatch(job=0, sequences=2, tokens=20, hosted="poet")
+            _, done = client.run_forward(request, to_wire(hidden_SD), on_rows=take)
+            assert [(hop.start, hop.end) for hop in done.chains[0]] == spans[1:]
+            request = ForwardBatch(job=0, sequences=2, tokens=20, hosted="painter")
+            with pytest.raises(JobError, match="painter"):
+                client.run_forward(request, to_wire(hidden_SD), on_rows=take)
+
+        await use(path, talk)
+        hidden_BSD = hidden_SD.view(2, 20, -1)
+        expected_BSD = world.swarm.whole.forward(hidden_BSD, adapters=[own])
+        check(output_SD, expected_BSD.flatten(0, 1))
 
 
 async def test_what_cannot_be_done_is_told_and_the_rest_goes_on(
