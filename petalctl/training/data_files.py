@@ -87,11 +87,11 @@ def load_sequences(
         raise BadData(f"{path} is empty; give some text")
     notes = []
     if collector.cut:
-        notes.append(f"{collector.cut} sequences of {path} are cut to {length} tokens (--length)")
+        notes.append(f"sequences cut to {length} tokens (--length): {collector.cut} of {path}")
     if collector.skipped:
         notes.append(
-            f"{collector.skipped} sequences of {path} are left out: their first {length} tokens "
-            "have nothing that is to be learnt"
+            f"sequences left out, with nothing to learn in their first {length} tokens: "
+            f"{collector.skipped} of {path}"
         )
     return sequences, notes
 
