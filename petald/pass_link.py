@@ -38,6 +38,7 @@ from p2p.wire.tensor import WireTensor
 from petald.errors import HopFailed, leaves
 from petald.lent_adapter import AdapterPart, LentAdapter
 from petald.log import get_logger
+from petald.tensors import off_loop
 
 log = get_logger(__name__)
 
@@ -209,6 +210,9 @@ class PassLink:
         adapter: LentAdapter | None,
     ) -> M:
         await self.wait_open()
+        if adapter is not None:  # whose digest is made here, the first time
+            size_bytes = adapter.values_LE.nbytes
+            await off_loop(adapter.part, self.key.start, self.key.end, size_bytes=size_bytes)
         async with self._window:
             for _ in range(MAX_LENDS):
                 lending = await self._lend(adapter)

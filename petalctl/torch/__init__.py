@@ -2,7 +2,7 @@
 
 from petalctl.torch.adapters import DeepPrompt, RemoteAdapter, RemoteLora
 from petalctl.torch.blocks import RemoteBlocks
-from petalctl.torch.causal_lm import CausalLMOutput, RemoteCausalLM
+from petalctl.torch.causal_lm import CausalLMOutput, RemoteCausalLM, load_config
 from petalctl.torch.soft_prompt import SoftPrompt
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "RemoteCausalLM",
     "RemoteLora",
     "SoftPrompt",
+    "load_config",
 ]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.checkpoint import Checkpoint
-from kernels.model_config import ModelConfig
+from kernels.model_config import ModelConfig, load_model_config
 from kernels.model_store import find_model
 from kernels.norm import RMSNorm
 from kernels.weight_names import WEIGHT_NAMES
@@ -339,6 +339,15 @@ class RemoteCausalLM(nn.Module):
                 f"there are no hidden states {wrong[0]}; 0 to {self.config.num_blocks}"
             )
         return chosen
+
+
+def load_config(name: str) -> ModelConfig:
+    """The configuration of a model in petald's store, or in a folder, which adapters are made for.
+
+    Raises:
+        KernelError: it is not here, or cannot be read.
+    """
+    return load_model_config(find_model(name).path)
 
 
 def _load_ends(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
