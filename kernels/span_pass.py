@@ -201,7 +201,9 @@ def _memory_guard(span: Span, work: PassWork) -> Iterator[None]:
     """Says what to do where the device has no memory left."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # on the CPU it has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         batch, tokens = work.hidden_BSD.shape[:2]
         raise OutOfDeviceMemory(
             f"{span.device} has no memory for a pass of {batch} x {tokens} tokens; "

@@ -98,15 +98,15 @@ class AdapterStore:
         return SpanAdapter(self._span.config, form, start, values_LE)
 
     def _keep(self, digest: bytes, adapter: SpanAdapter) -> None:
+        size = adapter.values_LE.nbytes
+        if size > self._limit_bytes:  # larger here than as it came
+            raise BadAdapter(f"an adapter takes {size} bytes; {self._limit_bytes} are for all")
         old = self._lent.pop(digest, None)
         if old is not None:
             self.lent_bytes -= old.values_LE.nbytes
-        size = adapter.values_LE.nbytes
         while self._lent and self.lent_bytes + size > self._limit_bytes:
             _, dropped = self._lent.popitem(last=False)
             self.lent_bytes -= dropped.values_LE.nbytes
-        if size > self._limit_bytes:  # float64 here, where it came as float32
-            raise BadAdapter(f"an adapter takes {size} bytes; {self._limit_bytes} are for all")
         self._lent[digest] = adapter
         self.lent_bytes += size
         self.lent_adapters += 1

@@ -325,9 +325,12 @@ class BatchPass:
         self, lane: Lane, piece: _Piece, hop: Hop, ask: Callable[[], Awaitable[R]]
     ) -> R | None:
         """Asks a hop; gives none where it failed, and others are in its place now."""
+        generation = lane.generation
         for _ in range(2):
             try:
-                return await ask()
+                result = await ask()
+                lane.on_success(hop)
+                return result
             except HopFailed as error:
                 if error.reason == "stream_broken":  # perhaps of a link that it had given up
                     failure: HopFailed | BadAdapter = error
@@ -346,7 +349,7 @@ class BatchPass:
             except RemoteProtocolError as error:
                 failure = _blame(hop, error, None)
             break
-        await lane.replace(hop, failure)
+        await lane.replace(hop, failure, generation)
         return None
 
     async def _ask_forward(self, piece: _Piece, hop: Hop, hidden: WireTensor) -> WireTensor:

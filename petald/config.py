@@ -288,7 +288,7 @@ class ServeConfig:
     )
     max_passes: int = _setting(
         "The most streams of forward and backward passes at one time.",
-        default=32,
+        default=16,
         check=_at_least(0),
         metavar="N",
     )

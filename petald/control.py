@@ -41,6 +41,7 @@ from p2p.wire.training_messages import (
     BatchRows,
     ForgetForward,
     ForwardBatch,
+    ForwardForgotten,
     OpenHiddenSession,
     PutAdapter,
     RunHiddenStep,
@@ -62,7 +63,7 @@ SEND_DEADLINE_S = 60.0
 
 CODE_CANCELLED = "cancelled"
 
-TRAINING = (PutAdapter, ForwardBatch, BackwardBatch, ForgetForward)
+TRAINING = (PutAdapter, ForwardBatch, BackwardBatch)
 HIDDEN = (OpenHiddenSession, RunHiddenStep)
 Request = (
     StatusRequest
@@ -73,7 +74,6 @@ Request = (
     | PutAdapter
     | ForwardBatch
     | BackwardBatch
-    | ForgetForward
     | OpenHiddenSession
     | RunHiddenStep
 )
@@ -150,8 +150,12 @@ class _Connection:
     hidden: HiddenState = field(default_factory=HiddenState)
 
     async def send(self, message: Message) -> None:
-        """Sends to the app; raises `StreamBroken` when it does not read."""
-        with trio.move_on_after(SEND_DEADLINE_S) as waiting:
+        """Sends to the app; raises `StreamBroken` when it does not read.
+
+        Cancellation: the message is sent whole, or not at all, for others follow it.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.move_on_after(SEND_DEADLINE_S, shield=True) as waiting:
             await self.messages.send(message)
         if waiting.cancelled_caught:
             self.nursery.cancel_scope.cancel()
@@ -200,6 +204,7 @@ async def _run_connection(messages: MessageStream, jobs: Jobs) -> None:
     training = TrainingState()
     try:
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(_break_when_cancelled, messages)
             connection = _Connection(messages, nursery, training)
             await _read_requests(connection, jobs)
             nursery.cancel_scope.cancel()
@@ -219,6 +224,20 @@ async def _read_requests(connection: _Connection, jobs: Jobs) -> None:
         pass
 
 
+async def _tell(connection: _Connection, message: Message) -> None:
+    with contextlib.suppress(StreamBroken):
+        await connection.send(message)
+
+
+async def _break_when_cancelled(messages: MessageStream) -> None:
+    """Breaks the socket with the connection's end, so that nothing is being sent for longer."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        with trio.CancelScope(shield=True):
+            await messages.abort()
+
+
 async def _take_request(connection: _Connection, request: Message, jobs: Jobs) -> None:
     if isinstance(request, Cancel):
         scope = connection.jobs.get(request.job)
@@ -227,6 +246,11 @@ async def _take_request(connection: _Connection, request: Message, jobs: Jobs) -
         return
     if isinstance(request, BatchRows):
         connection.training.take_rows(request)
+        return
+    if isinstance(request, ForgetForward):  # at once, however many jobs there are
+        connection.training.forget(request.forward)
+        done = ForwardForgotten(job=request.job)
+        connection.nursery.start_soon(_tell, connection, done)
         return
     if not isinstance(request, REQUESTS):
         raise RemoteProtocolError(f"{request.MESSAGE_NAME!r} is no request")

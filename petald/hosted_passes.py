@@ -9,19 +9,23 @@ Shapes: B sequences, S tokens of each, D hidden size, L blocks, E numbers of an 
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from functools import partial
+from typing import TypeVar, cast
 
 import torch
 import trio
 
 from kernels.span import Span
 from kernels.span_pass import PassGradients, PassWork, graph_bytes, run_backward, run_forward
+from petald.errors import raise_alone
 from petald.executor import Executor
 from petald.scheduler import Priority
+from petald.turns import Turns
 
 T = TypeVar("T")
 
@@ -43,10 +47,6 @@ class PassTime:
     compute_s: float
 
 
-class _Unfinished(Exception):
-    """The pass made way for more urgent work."""
-
-
 class HostedPasses:
     """Runs passes of many clients, one after the other.
 
@@ -60,7 +60,7 @@ class HostedPasses:
         self.span = span
         self._executor = executor
         self._token_blocks = max(1, pass_bytes // graph_bytes(span.config, span.dtype))
-        self._turn = trio.Lock()  # first come, first served
+        self._turns = Turns()
         self.forward_passes = 0
         self.backward_passes = 0
         self.times_made_way = 0
@@ -70,14 +70,23 @@ class HostedPasses:
         """The longest sequence that the memory allows, with the graph of one block alone."""
         return self._token_blocks
 
-    async def run_forward(self, work: PassWork, *, peer: str) -> tuple[torch.Tensor, PassTime]:
+    async def run_forward(
+        self, read_work: Callable[[], Awaitable[PassWork]], *, peer: str
+    ) -> tuple[torch.Tensor, PassTime]:
         """Runs a batch through blocks; gives the output, ``[B, S, D]``.
+
+        Args:
+            read_work: makes the work, when its turn has come: the device holds one batch alone.
+            peer: who asked for it; peers have turns alike.
 
         Raises:
             KernelError: it could not be computed.
+
+        Cancellation: ends with the block that is being computed.
         """
         spent = _Spent()
-        async with self._turn:
+        async with self._turns.take(peer):
+            work = await read_work()
             outputs = []
             for piece in _cut(work, self._token_blocks):
                 outputs.append(await self._drive(run_forward(self.span, piece), piece, peer, spent))
@@ -86,20 +95,17 @@ class HostedPasses:
         return output_BSD, spent.total()
 
     async def run_backward(
-        self, work: PassWork, gradient_BSD: torch.Tensor, *, peer: str
+        self, read_work: Callable[[], Awaitable[tuple[PassWork, torch.Tensor]]], *, peer: str
     ) -> tuple[PassGradients, PassTime]:
-        """Takes a gradient back through blocks.
-
-        Raises:
-            KernelError: it could not be computed.
-        """
-        blocks = work.end - work.start
-        most_tokens = max(self._token_blocks // blocks, LEAST_PIECE_TOKENS)
-        most_tokens = min(most_tokens, self._token_blocks)
+        """Takes a gradient, which comes with the work, back through blocks; as `run_forward`."""
         spent = _Spent()
         gradients: list[PassGradients] = []
         first = 0
-        async with self._turn:
+        async with self._turns.take(peer):
+            work, gradient_BSD = await read_work()
+            blocks = work.end - work.start
+            most_tokens = max(self._token_blocks // blocks, LEAST_PIECE_TOKENS)
+            most_tokens = min(most_tokens, self._token_blocks)
             for piece in _cut(work, most_tokens):
                 batch, tokens = piece.hidden_BSD.shape[:2]
                 passing = run_backward(
@@ -118,34 +124,46 @@ class HostedPasses:
     ) -> T:
         batch, tokens = piece.hidden_BSD.shape[:2]
         rows = batch * tokens
+        stop = threading.Event()
         try:
-            while True:
-                try:
-                    return await self._executor.run(
-                        self._advance,
-                        passing,
-                        spent,
-                        priority=Priority.BACKWARD,
-                        tokens=rows,
-                        peer=peer,
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_set_when_cancelled, stop)
+                while True:
+                    advance = partial(self._advance, passing, spent, stop)
+                    is_done, value = await self._executor.run(
+                        advance, priority=Priority.BACKWARD, tokens=rows, peer=peer
                     )
-                except _Unfinished:
+                    if is_done:
+                        nursery.cancel_scope.cancel()
+                        break
                     self.times_made_way += 1
                     rows = 1  # its rows are counted once
+        except BaseExceptionGroup as group:
+            raise_alone(group)
         finally:
             passing.close()
+        return cast(T, value)
 
-    def _advance(self, passing: Generator[None, None, T], spent: _Spent) -> T:
+    def _advance(
+        self, passing: Generator[None, None, T], spent: _Spent, stop: threading.Event
+    ) -> tuple[bool, T | None]:
         """Goes on with a pass, on the device's thread, to its end or until others wait."""
         with spent.computing():
-            while True:
+            while not stop.is_set():
                 try:
                     next(passing)
                 except StopIteration as end:
-                    value: T = end.value
-                    return value
+                    return True, end.value
                 if self._executor.is_wanted_before(Priority.BACKWARD):
-                    raise _Unfinished
+                    break
+        return False, None
+
+
+async def _set_when_cancelled(stop: threading.Event) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        stop.set()
 
 
 class _Spent:

@@ -15,7 +15,12 @@ from typing import Protocol
 import trio
 
 from kernels.errors import BadAdapter
-from p2p.wire.pass_messages import CODE_MISSING_ADAPTER, CODE_NOT_FINITE, CODE_SEQUENCE_TOO_LONG
+from p2p.wire.pass_messages import (
+    CODE_MISSING_ADAPTER,
+    CODE_NOT_FINITE,
+    CODE_SEQUENCE_TOO_LONG,
+    CODE_UNKNOWN_ADAPTER,
+)
 from petald.errors import HopFailed, MissingBlocks, NotFinite
 from petald.parallel_routing import ChainShare
 from petald.routing import Hop
@@ -30,7 +35,13 @@ RETRY_S = 1.0
 FINAL_REASONS = (CODE_NOT_FINITE, CODE_SEQUENCE_TOO_LONG, CODE_MISSING_ADAPTER)
 """Where no other server is left after such a failure, waiting is of no use."""
 
-INNOCENT_REASONS = ("draining", "overloaded", CODE_SEQUENCE_TOO_LONG, CODE_MISSING_ADAPTER)
+INNOCENT_REASONS = (
+    "draining",
+    "overloaded",
+    CODE_UNKNOWN_ADAPTER,
+    CODE_SEQUENCE_TOO_LONG,
+    CODE_MISSING_ADAPTER,
+)
 """A server that refuses in good faith is not used by this job, but not penalised."""
 
 News = Callable[[Moved | Waiting], None]
@@ -62,6 +73,8 @@ class LaneKeeper:
         on_news: told of what happens to a chain; must not block.
         excluded: peers that failed here.
         repeated: how many requests failed.
+        waiting_since: for blocks that nobody new can run, by the first one: since when, until a
+            piece got through them.
     """
 
     chooser: PassChooser
@@ -69,6 +82,12 @@ class LaneKeeper:
     on_news: News
     excluded: set[str] = field(default_factory=set)
     repeated: int = 0
+    waiting_since: dict[int, float] = field(default_factory=dict)
+
+    def on_success(self, hop: Hop) -> None:
+        """A piece got through some blocks."""
+        for block in [block for block in self.waiting_since if hop.start <= block < hop.end]:
+            del self.waiting_since[block]
 
     async def choose(
         self, start: int, end: int, *, max_lanes: int = 1, last: Exception | None = None
@@ -82,10 +101,9 @@ class LaneKeeper:
             last: how the server failed that is to be replaced.
 
         Raises:
-            MissingBlocks: it was waited long enough.
+            MissingBlocks: it was waited long enough, though some may have been tried meanwhile.
             HopFailed, BadAdapter: as ``last``, where it is of no use to wait.
         """
-        began_at = trio.current_time()
         while True:
             try:
                 return await self.chooser.choose_lanes(
@@ -98,9 +116,13 @@ class LaneKeeper:
             except MissingBlocks as error:
                 if last is not None and is_final(last):
                     raise last from error
-                waited_s = trio.current_time() - began_at
+                now = trio.current_time()
+                waited_s = now - self.waiting_since.setdefault(start, now)
                 if waited_s >= self.max_wait_s:
-                    raise
+                    if last is None:
+                        raise
+                    text = f"{error}; the last that was tried: {last}"
+                    raise MissingBlocks(text, ranges=error.ranges) from last
                 self.on_news(Waiting(str(error), waited_s, self.max_wait_s))
             # Whoever failed once may be back; the penalties still make it the last choice.
             self.excluded.clear()
@@ -120,7 +142,9 @@ class Lane:
         self.share = share
         self._keeper = keeper
         self._hops = tuple(hops)
+        self._placed = (0,) * len(self._hops)  # the generation of each
         self._lock = trio.Lock()
+        self.generation = 0
 
     @property
     def hops(self) -> tuple[Hop, ...]:
@@ -135,8 +159,17 @@ class Lane:
             if hop.start < end and start < hop.end
         )
 
-    async def replace(self, failed: Hop, error: HopFailed | BadAdapter) -> None:
+    def on_success(self, hop: Hop) -> None:
+        """A piece got through a hop."""
+        self._keeper.on_success(hop)
+
+    async def replace(self, failed: Hop, error: HopFailed | BadAdapter, generation: int) -> None:
         """Finds others for the blocks of a hop that failed, unless that was done meanwhile.
+
+        Args:
+            failed: the hop.
+            error: how it failed.
+            generation: of the lane, when it was asked.
 
         Raises:
             MissingBlocks: there are none, for longer than is to be waited.
@@ -147,7 +180,7 @@ class Lane:
         began_at = trio.current_time()
         async with self._lock:
             at = next((n for n, hop in enumerate(self._hops) if _holds(hop, failed)), None)
-            if at is None:
+            if at is None or self._placed[at] > generation:
                 return
             reason = error.reason if isinstance(error, HopFailed) else error.code
             if reason not in INNOCENT_REASONS and isinstance(error, HopFailed):
@@ -156,7 +189,10 @@ class Lane:
             old = self._hops[at]
             chains = await keeper.choose(old.start, old.end, last=error)
             new = chains[0].hops
+            self.generation += 1
             self._hops = (*self._hops[:at], *new, *self._hops[at + 1 :])
+            placed = (self.generation,) * len(new)
+            self._placed = (*self._placed[:at], *placed, *self._placed[at + 1 :])
         keeper.on_news(
             Moved(
                 old.start,

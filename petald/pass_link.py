@@ -21,6 +21,7 @@ from p2p.rpc import MessageStream
 from p2p.wire.frame import MAX_FRAME_BYTES
 from p2p.wire.message import Message, expect
 from p2p.wire.pass_messages import (
+    CODE_NOT_FINITE,
     CODE_UNKNOWN_ADAPTER,
     PASS_PROTOCOL,
     AdapterLent,
@@ -37,6 +38,7 @@ from p2p.wire.replies import Refusal
 from p2p.wire.tensor import WireTensor
 from petald.errors import HopFailed, leaves
 from petald.lent_adapter import AdapterPart, LentAdapter
+from petald.lively_stream import LivelyStream
 from petald.log import get_logger
 from petald.tensors import off_loop
 
@@ -52,11 +54,15 @@ WINDOW = 2
 
 SILENCE_S = 1.0
 PING_DEADLINE_S = 4.0
-"""A server that answers nothing for so long is pinged; its network answers while its device
-computes. A ping waits behind what is being sent: a quarter of a megabyte over a home's uplink."""
+"""A server that owes an answer, and from and to which not a byte went for so long, is pinged; its
+network answers while its device computes."""
 
-MOST_SILENCE_S = 600.0
-"""A server that lives, and has not answered a piece for so long, is given up."""
+MOST_SILENCE_S = 1800.0
+"""A server that lives, and has not sent a byte of an answer for so long, is given up."""
+
+MAX_LINKS_PER_PEER = 8
+"""Beyond these, links that nothing waits for are closed: a model that is cut into many parts would
+take all streams of a server."""
 
 IDLE_S = 120.0
 """A link that no job used for so long is closed."""
@@ -127,11 +133,16 @@ class PassLink:
         self._requests: dict[int, _Request] = {}
         self._numbers = 0
         self._lent: dict[bytes, int] = {}  # with the number of the request that lent it
-        self._heard_at = 0.0
+        self._heard_at = trio.current_time()
         self._is_open = trio.Event()
         self._failure: tuple[str, str] | None = None
         self._messages: MessageStream | None = None
         self._scope = trio.CancelScope()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        return self._is_open.is_set() and not self._requests and not self._window.borrowed_tokens
 
     async def run(self) -> None:
         """Opens the stream, and keeps it until it fails, or is closed or idle."""
@@ -157,6 +168,7 @@ class PassLink:
 
     def close(self) -> None:
         """Ends the stream; those who wait get `HopFailed`."""
+        self.is_over = True
         self._scope.cancel()
 
     async def run_forward(
@@ -269,6 +281,8 @@ class PassLink:
             raise BadAdapter(f"{self.key.peer} does not take the adapter: {answer.text!r}")
 
     def _begin(self) -> tuple[int, _Request]:
+        if not self._requests:  # until now it owed nothing
+            self._note_life()
         self._numbers += 1
         request = self._requests[self._numbers] = _Request()
         return self._numbers, request
@@ -277,8 +291,6 @@ class PassLink:
         self, make_request: Callable[[int, bytes | None], Message], digest: bytes | None
     ) -> Message:
         number, request = self._begin()
-        if len(self._requests) == 1:
-            self._heard_at = trio.current_time()
         await self._send(make_request(number, digest))
         await request.done.wait()
         self.used_at = trio.current_time()
@@ -289,14 +301,15 @@ class PassLink:
     async def _send(self, message: Message) -> None:
         if self._failure is not None or self._messages is None:
             raise self._failed()
+        await trio.lowlevel.checkpoint_if_cancelled()
         try:
-            await self._messages.send(message)
+            # Whole or not at all, for others share the stream; its end ends this too.
+            with trio.CancelScope(shield=True):
+                await self._messages.send(message)
         except P2PError as error:
             self._fail(error.code, str(error))
-            raise self._failed() from error
-        except trio.Cancelled:  # the message may be sent in part
             self.close()
-            raise
+            raise self._failed() from error
 
     def _failed(self) -> HopFailed:
         code, text = self._failure or ("stream_broken", "it is not open")
@@ -304,46 +317,68 @@ class PassLink:
         return HopFailed(f"{peer} failed ({code}): {text!r}", peer=peer, reason=code)
 
     async def _run(self) -> None:
-        key = self.key
         with trio.move_on_after(OPEN_DEADLINE_S) as opening:
-            stream = await self._network.open_stream(key.peer, PASS_PROTOCOL, hints=self._addresses)
-            self._messages = messages = MessageStream(stream)
-            await messages.send(
-                OpenPass(
-                    model=key.model,
-                    start=key.start,
-                    end=key.end,
-                    codec=key.codec,
-                    hosted=key.hosted,
-                )
+            stream = await self._network.open_stream(
+                self.key.peer, PASS_PROTOCOL, hints=self._addresses
             )
-            reply = await messages.receive()
         if opening.cancelled_caught:
-            self._fail("deadline_exceeded", f"it did not answer within {OPEN_DEADLINE_S:g} s")
-            if self._messages is not None:
-                await self._messages.abort()
+            self._fail_silent_opening()
             return
+        self._messages = messages = MessageStream(LivelyStream(stream, self._note_life))
         try:
-            if isinstance(reply, Refusal):
-                self._fail(reply.code, reply.text)
-                return
-            if reply is None:
-                raise RemoteProtocolError("the stream ended before the answer")
-            opened = expect(reply, PassOpened)
-            self.max_tokens = opened.max_tokens
-            self._max_adapter_bytes = min(opened.max_adapter_bytes, MAX_FRAME_BYTES)
-            self._is_open.set()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch)
-                await self._read(messages)
-                nursery.cancel_scope.cancel()
+            with trio.move_on_at(opening.deadline) as asking:
+                opened = await self._open(messages)
+            if asking.cancelled_caught:
+                self._fail_silent_opening()
+            elif opened is not None:
+                await self._serve(messages, opened)
         finally:
             with trio.CancelScope(shield=True):
                 await messages.abort()
 
+    async def _open(self, messages: MessageStream) -> PassOpened | None:
+        """Asks for the stream; gives none where it was refused."""
+        key = self.key
+        await messages.send(
+            OpenPass(
+                model=key.model, start=key.start, end=key.end, codec=key.codec, hosted=key.hosted
+            )
+        )
+        reply = await messages.receive()
+        if isinstance(reply, Refusal):
+            # What it says of numbers is believed of those that it computed alone.
+            code = "refused" if reply.code == CODE_NOT_FINITE else reply.code
+            self._fail(code, reply.text)
+            return None
+        if reply is None:
+            raise RemoteProtocolError("the stream ended before the answer")
+        return expect(reply, PassOpened)
+
+    async def _serve(self, messages: MessageStream, opened: PassOpened) -> None:
+        self.max_tokens = opened.max_tokens
+        self._max_adapter_bytes = min(opened.max_adapter_bytes, MAX_FRAME_BYTES)
+        self._is_open.set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch)
+            nursery.start_soon(self._break_when_cancelled, messages)
+            await self._read(messages)
+            nursery.cancel_scope.cancel()
+
+    async def _break_when_cancelled(self, messages: MessageStream) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await messages.abort()
+
+    def _fail_silent_opening(self) -> None:
+        self._fail("deadline_exceeded", f"it did not answer within {OPEN_DEADLINE_S:g} s")
+
+    def _note_life(self) -> None:
+        self._heard_at = trio.current_time()
+
     async def _read(self, messages: MessageStream) -> None:
         while (received := await messages.receive()) is not None:
-            self._heard_at = trio.current_time()
             number = getattr(received, "number", None)
             request = self._requests.pop(number, None) if isinstance(number, int) else None
             if request is None or not isinstance(
@@ -416,9 +451,16 @@ class PassLinks:
         link = self._links.get(key)
         if link is None or link.is_over:
             assert self._nursery is not None, "the links are not run"
+            self._make_room(key.peer)
             link = self._links[key] = PassLink(self._network, key, addresses)
             self._nursery.start_soon(self._run_link, link)
         return link
+
+    def _make_room(self, peer: str) -> None:
+        own = [link for key, link in self._links.items() if key.peer == peer]
+        idle = sorted((link for link in own if link.is_idle), key=lambda link: link.used_at)
+        for link in idle[: max(0, len(own) + 1 - MAX_LINKS_PER_PEER)]:
+            link.close()
 
     async def _run_link(self, link: PassLink) -> None:
         try:

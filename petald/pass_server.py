@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import trio
@@ -46,6 +47,7 @@ from petald.adapter_store import AdapterStore, adapter_rows
 from petald.config import ServeConfig
 from petald.errors import PetaldError, leaves
 from petald.hosted_passes import HostedPasses, PassTime
+from petald.lively_stream import LivelyStream
 from petald.log import get_logger, log_context
 from petald.tensors import all_finite, from_wire, mask_from_wire, off_loop, to_wire
 
@@ -144,7 +146,14 @@ class PassServer:
 
     async def serve_pass(self, stream: Stream) -> None:
         """Serves one client's passes, until it ends the stream."""
-        async with MessageStream(stream, max_received_bytes=FIRST_MESSAGE_BYTES) as client:
+        opened: _PassStream | None = None
+
+        def note_life() -> None:
+            if opened is not None:
+                opened.active_at = trio.current_time()
+
+        lively = LivelyStream(stream, note_life)
+        async with MessageStream(lively, max_received_bytes=FIRST_MESSAGE_BYTES) as client:
             request = expect(await receive_first(client, HELLO_DEADLINE_S), OpenPass)
             try:
                 opened = self._open(request, client)
@@ -257,9 +266,9 @@ class PassServer:
             return PassFailed(number=request.number, code=error.code, text=str(error)[:4096])
 
     async def _forward(self, opened: _PassStream, request: RunForward) -> Message:
-        work = await self._read_work(opened, request)
-        peer = opened.client.remote_peer
-        output_BSD, spent = await self._passes.run_forward(work, peer=peer)
+        output_BSD, spent = await self._passes.run_forward(
+            partial(self._read_work, opened, request), peer=opened.client.remote_peer
+        )
         hidden = await off_loop(
             _encode_rows, output_BSD, opened.request.codec, size_bytes=output_BSD.nbytes
         )
@@ -271,12 +280,15 @@ class PassServer:
                 f"a gradient of the shape {list(request.gradient.shape)} came for hidden states of "
                 f"{list(request.hidden.shape)}"
             )
-        work = await self._read_work(opened, request)
-        gradient_SD = await off_loop(
-            self._decode_rows, request.gradient, size_bytes=len(request.gradient.data)
-        )
+
+        async def read_work() -> tuple[PassWork, torch.Tensor]:
+            work = await self._read_work(opened, request)
+            size_bytes = len(request.gradient.data)
+            gradient_SD = await off_loop(self._decode_rows, request.gradient, size_bytes=size_bytes)
+            return work, gradient_SD.view(work.hidden_BSD.shape)
+
         gradients, spent = await self._passes.run_backward(
-            work, gradient_SD.view(work.hidden_BSD.shape), peer=opened.client.remote_peer
+            read_work, peer=opened.client.remote_peer
         )
         gradient, of_adapter = await off_loop(
             _encode_gradients, gradients, size_bytes=gradients.hidden_BSD.nbytes

@@ -30,10 +30,8 @@ from p2p.wire.training_messages import (
     BackwardBatch,
     BackwardDone,
     BatchRows,
-    ForgetForward,
     ForwardBatch,
     ForwardDone,
-    ForwardForgotten,
     PassTimings,
     PutAdapter,
 )
@@ -66,7 +64,7 @@ T = TypeVar("T")
 
 Send = Callable[[Message], Awaitable[None]]
 BatchRequest = ForwardBatch | BackwardBatch
-TrainingRequest = PutAdapter | ForwardBatch | BackwardBatch | ForgetForward
+TrainingRequest = PutAdapter | ForwardBatch | BackwardBatch
 
 
 @dataclass(eq=False, slots=True)
@@ -89,8 +87,38 @@ class TrainingState:
 
     adapters: dict[int, LentAdapter] = field(default_factory=dict)
     forwards: dict[int, BatchPass] = field(default_factory=dict)
+    _going_back: set[int] = field(default_factory=set)
     _arriving: dict[int, _Arriving] = field(default_factory=dict)
     _incoming: dict[int, IncomingRows] = field(default_factory=dict)
+
+    def forget(self, forward: int) -> None:
+        """Gives up a forward pass, now or, where it is being run back, when that has ended."""
+        self._going_back.discard(forward)
+        kept = self.forwards.pop(forward, None)
+        if kept is not None:
+            kept.close()
+
+    def begin_backward(self, forward: int) -> BatchPass:
+        """Takes out a forward pass that is to be run back.
+
+        Raises:
+            UnknownForward: it is not kept.
+        """
+        batch = self.forwards.pop(forward, None)
+        if batch is None:
+            raise UnknownForward(
+                f"the forward pass {forward} is not kept here; run it again, and keep it"
+            )
+        self._going_back.add(forward)
+        return batch
+
+    def end_backward(self, forward: int, batch: BatchPass, *, is_done: bool) -> None:
+        """Puts a forward pass back whose backward pass failed: it may be tried again."""
+        if is_done or forward not in self._going_back:
+            batch.close()
+        else:
+            self.forwards[forward] = batch
+        self._going_back.discard(forward)
 
     def expect_rows(self, job: int, rows: IncomingRows) -> None:
         """Rows that come for a job are these."""
@@ -201,11 +229,6 @@ class TrainingJobs:
         if isinstance(request, PutAdapter):
             state.put(request, await self._models.identify(request.model))
             await send(AdapterKept(job=request.job))
-        elif isinstance(request, ForgetForward):
-            kept = state.forwards.pop(request.forward, None)
-            if kept is not None:
-                kept.close()
-            await send(ForwardForgotten(job=request.job))
         else:
             try:
                 if isinstance(request, ForwardBatch):
@@ -268,22 +291,17 @@ class TrainingJobs:
     async def _backward(self, request: BackwardBatch, state: TrainingState, send: Send) -> None:
         rows = state.incoming(request.job)
         try:
-            batch = state.forwards.pop(request.forward, None)
-            if batch is None:
-                raise UnknownForward(
-                    f"the forward pass {request.forward} is not kept here; run it again, and keep "
-                    "it"
-                )
-            teller = _Teller(request.job, send)
-            batch.keeper.on_news = teller.on_news
-            batch.keeper.repeated = 0
+            batch = state.begin_backward(request.forward)
+            is_done = False
             try:
-                gradient_LE = await teller.run(lambda: batch.run_backward(rows, teller.send_rows))
-            except BaseException:
-                state.forwards[request.forward] = batch  # it may be tried again
-                raise
-            timings, chains = teller.timings(batch), _wire_chains(batch)
-            batch.close()
+                teller = _Teller(request.job, send)
+                batch.keeper.on_news = teller.on_news
+                batch.keeper.repeated = 0
+                gradient_LE = await teller.run(partial(batch.run_backward, rows, teller.send_rows))
+                timings, chains = teller.timings(batch), _wire_chains(batch)
+                is_done = True
+            finally:
+                state.end_backward(request.forward, batch, is_done=is_done)
             rows.history.close()
             if gradient_LE is not None:
                 await _send_gradient(request.job, batch.form.start, gradient_LE, send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
@@ -208,11 +209,12 @@ async def open_pass_world(
     dtype: torch.dtype = torch.float64,
     config: ServeConfig | None = None,
     latency_s: float = 0.0,
+    bytes_per_s: float = math.inf,
     hosted: AdapterForm | None = None,
 ) -> AsyncIterator[PassWorld]:
     async with (
         AsyncExitStack() as stack,
-        open_memory_hub(latency_s=latency_s) as hub,
+        open_memory_hub(latency_s=latency_s, bytes_per_s=bytes_per_s) as hub,
         trio.open_nursery() as nursery,
     ):
         world = PassWorld(hub, checkpoint, dtype, config or ServeConfig(model="tiny"))

@@ -358,6 +358,22 @@ def test_interrupting_a_pass_leaves_the_connection(
     torch.testing.assert_close(blocks(hidden).detach(), expected)
 
 
+def test_an_answer_that_is_given_up_leaves_the_connection(client: TrainingClient) -> None:
+    """More comes than a socket holds, so that the daemon is in the middle of sending."""
+    rows = to_wire(torch.randn(200 * 100, 48, dtype=torch.float64))
+    assert len(rows.data) > 7e6
+
+    def give_up(_: BatchRows) -> None:
+        raise RuntimeError("enough")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="enough"):
+            client.run_forward(
+                ForwardBatch(job=0, sequences=200, tokens=100), rows, on_rows=give_up
+            )
+    assert RemoteBlocks(client=client)(torch.randn(2, 3, 48)).shape == (2, 3, 48)
+
+
 def test_saved_adapters_come_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for number, adapter in enumerate(
         [RemoteLora(checkpoint.config, seed=1), DeepPrompt(checkpoint.config, tokens=3, seed=2)]

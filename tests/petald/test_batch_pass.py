@@ -233,6 +233,67 @@ async def test_a_silent_server_is_found_out(
         assert [news.code for news in world.news if isinstance(news, Moved)] == ["silent"]
 
 
+async def test_a_slow_link_is_not_taken_for_a_dead_server(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter, which goes first, is on its way for longer than silence may last."""
+    monkeypatch.setattr("petald.pass_link.SILENCE_S", 0.3)
+    monkeypatch.setattr("petald.pass_link.PING_DEADLINE_S", 0.3)
+    async with open_pass_world(checkpoint, (0, 4), bytes_per_s=40_000) as world:
+        adapter = make_adapter(world, replace(LORA, rank=12))
+        assert adapter.values_LE.nbytes > 2 * 40_000
+        form = replace(make_form(world, sequences=1, tokens=2), adapter=adapter)
+        hidden_BSD, gradient_BSD = (part[:1, :2] for part in tensors())
+        batch = world.batch(form)
+        await run_forward(world, batch, hidden_BSD)
+        of_hidden, _ = await run_backward(world, batch, gradient_BSD)
+        expected = reference(world, form, hidden_BSD, gradient_BSD)
+        torch.testing.assert_close(of_hidden, expected[1])
+        assert not world.news
+        assert not world.penalised
+
+
+async def test_a_server_that_always_refuses_is_not_asked_for_ever(checkpoint: Checkpoint) -> None:
+    config = ServeConfig(model="tiny", max_passes=0)
+    async with open_pass_world(checkpoint, (0, 4), config=config) as world:
+        for max_wait_s in (0.0, 1.5):
+            world.max_wait_s = max_wait_s
+            began_at = trio.current_time()
+            with pytest.raises(MissingBlocks, match="overloaded"):
+                await run_forward(world, world.batch(make_form(world)), tensors()[0])
+            assert trio.current_time() - began_at < max_wait_s + 5
+        assert not world.penalised
+
+
+async def test_a_model_in_many_parts_does_not_take_all_streams_of_a_server(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petald.pass_link.MAX_LINKS_PER_PEER", 2)
+    config = ServeConfig(model="tiny", max_passes=4)  # three of them for one client
+    async with open_pass_world(checkpoint, (0, 4), config=config) as world:
+        hidden_BSD, _ = tensors()
+        for start, end in [(0, 1), (1, 2), (2, 3), (3, 4), (0, 2), (2, 4), (0, 1)]:
+            form = make_form(world, start=start, end=end, is_kept=False)
+            await run_forward(world, world.batch(form), hidden_BSD)
+        assert not world.news
+        assert world.servers[0].streams <= 3
+
+
+async def test_a_pass_that_is_cancelled_ends_with_its_block(checkpoint: Checkpoint) -> None:
+    async with open_pass_world(checkpoint, (0, 4)) as world:
+        hidden_BSD, gradient_BSD = tensors()
+        form = make_form(world)
+        batch = world.batch(form)
+        await run_forward(world, batch, hidden_BSD)
+        with trio.move_on_after(0.02) as cut:
+            await run_backward(world, batch, gradient_BSD)
+        if cut.cancelled_caught:  # and it can be run again, with the same links
+            of_hidden, _ = await run_backward(world, batch, gradient_BSD)
+            expected = reference(world, form, hidden_BSD, gradient_BSD)
+            torch.testing.assert_close(of_hidden, expected[1])
+        assert not world.penalised
+
+
 class Liar:
     """A server that answers as it is told."""
 
