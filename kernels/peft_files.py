@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from kernels.adapter import read_parts
 from kernels.adapter_form import (
@@ -310,7 +310,10 @@ def _save(folder: Path, tensors: Mapping[str, torch.Tensor], config_text: str) -
     }
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
         try:
-            save_file(plain, Path(scratch) / TENSORS_FILE, metadata={"format": "pt"})
+            # Not by safetensors' own way to a file, which nobody but its owner could read: the
+            # daemon that is to use the adapter may be another user.
+            data = save(plain, metadata={"format": "pt"})
+            (Path(scratch) / TENSORS_FILE).write_bytes(data)
         except SafetensorError as error:
             raise OSError(f"{folder / TENSORS_FILE} cannot be written ({error})") from error
         (Path(scratch) / CONFIG_FILE).write_text(config_text)

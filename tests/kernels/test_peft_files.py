@@ -217,6 +217,16 @@ def test_an_adapter_is_replaced_and_nothing_is_left_over(
         assert sorted(os.listdir(folder)) == [CONFIG_FILE, TENSORS_FILE]
 
 
+def test_others_may_read_what_the_user_lets_them_read(config: ModelConfig, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_lora(tmp_path, config, FORMS[0], random_values(config, FORMS[0]), base_model="")
+    finally:
+        os.umask(before)
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
+
+
 def test_a_failed_save_leaves_the_old_adapter(
     config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +236,7 @@ def test_a_failed_save_leaves_the_old_adapter(
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("kernels.peft_files.save_file", fail)
+    monkeypatch.setattr("kernels.peft_files.save", fail)
     with pytest.raises(OSError, match="no space"):
         save_lora(tmp_path, config, form, random_values(config, form, 6), base_model="")
     loaded = load_adapter(tmp_path, config).values_LE
