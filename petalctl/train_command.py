@@ -18,6 +18,7 @@ from kernels.model_store import ModelFolder, find_model, fingerprint
 from kernels.tokenizer import Tokenizer
 from p2p.wire.control_messages import Progress
 from petalctl.errors import CommandError
+from petalctl.generate_command import describe_move
 from petalctl.passes import TrainingClient
 from petalctl.stop_signals import StopSignals
 from petalctl.terminal import tell
@@ -249,8 +250,11 @@ def _train(
 
 def _tell_progress(display: Display) -> OnProgress:
     def on_progress(progress: Progress) -> None:
-        if progress.event in ("waiting", "moved"):
-            display.on_note(progress.event, progress.text)
+        move = progress.move
+        if progress.event == "waiting":
+            display.on_note("waiting", progress.text)
+        elif move is not None and move.old != move.new:  # a server that came back is no news
+            display.on_note("moved", describe_move(move))
 
     return on_progress
 

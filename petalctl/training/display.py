@@ -68,6 +68,23 @@ class SmoothedLoss:
         return self._sum / self._weight
 
 
+class _Notes:
+    """Notes for people: none twice between two steps, for a pass may be tried again and again."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def is_new(self, text: str) -> bool:
+        """Whether it was not told since the last step."""
+        is_new = text not in self._told
+        self._told.add(text)
+        return is_new
+
+    def forget(self) -> None:
+        """A step was done."""
+        self._told.clear()
+
+
 class _Plain:
     """What the displays without a bar have in common: nothing is to be left as it was."""
 
@@ -127,9 +144,11 @@ class LineDisplay(_Plain):
         self._steps = steps
         self._every = max(1, steps // LINES_OF_A_RUN)
         self._smoothed = SmoothedLoss()
+        self._notes = _Notes()
 
     def on_step(self, report: StepReport) -> None:
         """Tells of every so many steps."""
+        self._notes.forget()
         loss = self._smoothed.add(report.loss)
         if report.step % self._every == 0 or report.step == self._steps:
             tell(
@@ -143,7 +162,8 @@ class LineDisplay(_Plain):
 
     def on_note(self, event: str, text: str) -> None:
         """Tells of it."""
-        tell(f"{event}: {text}")
+        if self._notes.is_new(text):
+            tell(f"{event}: {text}")
 
 
 class BarDisplay:
@@ -160,6 +180,7 @@ class BarDisplay:
             "training", total=steps, completed=done, loss="", held_out="", speed=""
         )
         self._smoothed = SmoothedLoss()
+        self._notes = _Notes()
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -179,6 +200,7 @@ class BarDisplay:
 
     def on_step(self, report: StepReport) -> None:
         """Moves the bar."""
+        self._notes.forget()
         self._bars.update(
             self._task,
             completed=report.step,
@@ -197,7 +219,8 @@ class BarDisplay:
 
     def on_note(self, event: str, text: str) -> None:
         """Leaves a line."""
-        self._print(f"{event}: {text}")
+        if self._notes.is_new(text):
+            self._print(f"{event}: {text}")
 
     def _print(self, text: str) -> None:
         self._bars.console.print(neutralise_line(text), markup=False, highlight=False)
