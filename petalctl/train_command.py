@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from kernels.checkpoint import Checkpoint as ModelCheckpoint
 from kernels.errors import KernelError
+from kernels.model_config import ModelConfig
 from kernels.model_store import ModelFolder, find_model, fingerprint
 from kernels.tokenizer import Tokenizer
 from p2p.wire.control_messages import Progress
@@ -24,7 +24,7 @@ from petalctl.stop_signals import StopSignals
 from petalctl.terminal import tell
 from petalctl.torch.adapters import DeepPrompt, RemoteAdapter, RemoteLora
 from petalctl.torch.blocks import OnProgress
-from petalctl.torch.causal_lm import RemoteCausalLM
+from petalctl.torch.causal_lm import RemoteCausalLM, load_config
 from petalctl.torch.soft_prompt import SoftPrompt
 from petalctl.training.checkpoints import RunFolder, check_arguments
 from petalctl.training.data_files import BadData, file_digest, load_sequences
@@ -126,6 +126,22 @@ def describe_arguments(
     }
 
 
+def check_length(config: ModelConfig, length: int, prompt_tokens: int) -> None:
+    """Sees to it that the model has seen so long texts.
+
+    Raises:
+        CommandError: it has not.
+    """
+    if length + prompt_tokens > config.max_positions:
+        prompt = f" and {prompt_tokens} of the prompt" if prompt_tokens else ""
+        raise CommandError(
+            f"--length {length}{prompt} is more than the {config.max_positions} tokens that the "
+            "model can take; choose a smaller one",
+            code="usage",
+            exit_status=2,
+        )
+
+
 def load_data(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[TrainingData, list[str]]:
     """Reads the files.
 
@@ -176,7 +192,7 @@ def make_model(
         KernelError: the model cannot be read, or what is to be trained does not fit it.
     """
     adapter: RemoteAdapter | None = None
-    config = ModelCheckpoint(find_model(args.model).path).config
+    config = load_config(args.model)
     if args.method == "lora":
         targets = tuple(name.strip() for name in shape["targets"].split(","))
         adapter = RemoteLora(
@@ -206,6 +222,8 @@ def _train(
     model: ModelFolder,
     folder: RunFolder,
 ) -> int:
+    config = load_config(args.model)
+    check_length(config, args.length, shape.get("prompt_tokens", 0))
     arguments = describe_arguments(args, shape, settings, model)
     checkpoint = folder.load()
     done = 0

@@ -65,7 +65,15 @@ def loaded_modules(*arguments: object) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "generate --help", "demo --help", "model --help", "service --help", "--nonsense"],
+    [
+        "--help",
+        "generate --help",
+        "demo --help",
+        "model --help",
+        "service --help",
+        "train --help",
+        "--nonsense",
+    ],
 )
 def test_help_loads_nothing_that_takes_time(arguments: str) -> None:
     assert not loaded_modules(*arguments.split()) & set(LATE)

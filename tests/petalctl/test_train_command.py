@@ -192,6 +192,8 @@ def test_prompts_are_trained_too(run: Run, arguments: list[str], method: str) ->
         ("--held-out 1", "at most 0.9"),
         ("--held-out 0.1 --eval-data x", "not allowed with"),
         ("--lr nan", "is not a number"),
+        ("--length 600", "--length 600 is more than the 512 tokens"),
+        ("--length 500 --method prompt --prompt-tokens 13", "and 13 of the prompt"),
     ],
 )
 def test_wrong_usage_is_said(run: Run, arguments: list[str], change: str, said: str) -> None:
