@@ -226,11 +226,12 @@ def _train(
     check_length(config, args.length, shape.get("prompt_tokens", 0))
     arguments = describe_arguments(args, shape, settings, model)
     checkpoint = folder.load()
-    done = 0
+    done = 0 if checkpoint is None else read_history(checkpoint).step
+    if not done:
+        checkpoint = None  # nothing is lost where nothing was done, so what was wrong may change
     if checkpoint is not None:
         check_arguments(checkpoint.state.get("arguments", {}), arguments)
         history = read_history(checkpoint)
-        done = history.step
         if done >= settings.steps and (not history.held_out or done in history.held_out):
             _say_end(args, model, history, is_new=False)
             return 0

@@ -16,8 +16,9 @@ import torch
 
 import petalctl.train_command
 from petalctl.cli import main
+from petalctl.errors import JobError
 from tests.helpers.tiny_models import make_model, save_model
-from tests.helpers.train_stand_in import NoClient, make_local_model, save_tokenizer
+from tests.helpers.train_stand_in import LocalModel, NoClient, make_local_model, save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str, str]]
@@ -149,6 +150,19 @@ def test_run_with_other_arguments_is_refused(
     assert (status, error["code"]) == (1, "other_arguments")
     assert change[0] in error["text"]
     assert run(*arguments, *change, "--restart")[0] == 0
+
+
+def test_run_that_did_nothing_yet_may_be_begun_otherwise(
+    run: Run, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object, **batch: object) -> None:
+        raise JobError("unknown_model", "which model?")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalModel, "__call__", fail)
+        status, _, err = run(*arguments)
+        assert (status, err.splitlines()[-1]) == (1, "petalctl: which model? [unknown_model]")
+    assert run(*arguments, "--lr", "0.5")[0] == 0
 
 
 def test_run_with_other_data_is_refused(run: Run, arguments: list[str], data: Path) -> None:
