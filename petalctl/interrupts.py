@@ -39,3 +39,19 @@ def on_first_interrupt(action: Callable[[], None]) -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def hold_interrupt() -> Iterator[None]:
+    """The first SIGINT is put off to the block's end; a second is a KeyboardInterrupt.
+
+    So a frame that is being written is never cut off.
+    """
+    with on_first_interrupt(_wait) as interrupt:
+        yield
+    if interrupt.has_come:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _wait() -> None:
+    """Does nothing."""

@@ -1,14 +1,18 @@
 """The client of those who train: adapters, forward and backward passes, sessions of hidden states.
 
-It moves bytes: what they mean is the business of `petalctl.torch`, so that this imports no torch. A
-batch's rows are sent whole before the answer is read; the daemon takes them in without waiting.
-Ctrl-C ends the pass, and leaves the connection as it was.
+It moves bytes: what they mean is the business of `petalctl.torch`, so that this imports no torch.
+The first Ctrl-C ends what is being done, and leaves the connection as it was. Invariant: a frame is
+sent whole, and a forward pass whose number nobody gets is not kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from p2p.wire.adapter_messages import AdapterShape
 from p2p.wire.control_messages import CloseSession, Progress, SessionClosed
@@ -32,27 +36,37 @@ from p2p.wire.training_messages import (
 )
 from petalctl.client import Client, OnProgress
 from petalctl.connection import Answer, Request
-from petalctl.errors import CommandError
-from petalctl.interrupts import on_first_interrupt
+from petalctl.errors import CommandError, JobError
+from petalctl.interrupts import Interrupt, hold_interrupt, on_first_interrupt
 
 LARGE_RECEIVE_BYTES = 1 << 20
 """What is read at once where megabytes come: each piece costs a walk through the parser."""
+
+STEPS_AT_ONCE = 32
+"""Half of the jobs that a daemon takes from one connection."""
 
 OnRows = Callable[[BatchRows], None]
 OnGradient = Callable[[AdapterGradient], None]
 
 
 @dataclass(slots=True)
-class _Passing:
-    """A pass that is being run.
+class _UnderWay:
+    """Jobs that end together, and whether Ctrl-C was pressed meanwhile."""
 
-    Attributes:
-        is_sending: a frame is being written, which nothing may be written into.
-    """
+    client: TrainingClient
+    jobs: list[int] = field(default_factory=list)
+    interrupt: Interrupt = field(default_factory=Interrupt)
 
-    job: int
-    is_sending: bool = False
-    is_interrupted: bool = False
+    def begin(self, request: Request) -> int:
+        job = self.client._begin(request)
+        self.jobs.append(job)
+        if self.interrupt.has_come:  # before the job was in the list
+            self.cancel()
+        return job
+
+    def cancel(self) -> None:
+        for job in list(self.jobs):
+            self.client._send(self.client._connection.cancel(job))
 
 
 class TrainingClient(Client):
@@ -99,7 +113,7 @@ class TrainingClient(Client):
                 first=first,
                 values=part,
             )
-            self._ask(request, AdapterKept)
+            self._run(request, AdapterKept, wait_s=self._answer_timeout_s)
 
     def run_forward(
         self,
@@ -122,6 +136,7 @@ class TrainingClient(Client):
             DaemonUnreachable: the connection is gone.
             KeyboardInterrupt: Ctrl-C was pressed; the connection can be used on.
         """
+        jobs: list[int] = []
 
         def take(answer: Answer) -> None:
             if isinstance(answer, BatchRows):
@@ -129,9 +144,23 @@ class TrainingClient(Client):
             elif isinstance(answer, Progress) and on_progress is not None:
                 on_progress(answer)
 
-        job = self._begin(request)
-        done = self._run_pass(job, rows, request.tokens, take)
-        return job, expect(done, ForwardDone)
+        try:
+            done = self._run(
+                request,
+                ForwardDone,
+                rows=rows,
+                tokens=request.tokens,
+                take=take,
+                on_begin=jobs.append,
+            )
+        except JobError:  # the daemon keeps nothing
+            raise
+        except BaseException:
+            if request.is_kept and jobs:
+                with contextlib.suppress(CommandError):
+                    self.forget_forward(jobs[0])
+            raise
+        return jobs[0], done
 
     def run_backward(
         self,
@@ -165,8 +194,8 @@ class TrainingClient(Client):
             elif isinstance(answer, Progress) and on_progress is not None:
                 on_progress(answer)
 
-        job = self._begin(BackwardBatch(job=0, forward=forward))
-        return expect(self._run_pass(job, rows, tokens, take), BackwardDone)
+        request = BackwardBatch(job=0, forward=forward)
+        return self._run(request, BackwardDone, rows=rows, tokens=tokens, take=take)
 
     def forget_forward(self, forward: int) -> None:
         """Gives up a forward pass that was kept, and does not wait."""
@@ -179,7 +208,7 @@ class TrainingClient(Client):
         Raises:
             JobError, DaemonUnreachable: it could not be opened.
         """
-        return self._wait(request, HiddenOpened)
+        return self._run(request, HiddenOpened)
 
     def run_hidden_step(self, request: RunHiddenStep) -> HiddenStepDone:
         """Runs new tokens through such a session.
@@ -187,53 +216,90 @@ class TrainingClient(Client):
         Raises:
             JobError, DaemonUnreachable: it could not be done.
         """
-        return self._wait(request, HiddenStepDone)
+        return self._run(request, HiddenStepDone)
+
+    def run_hidden_steps(self, requests: Sequence[RunHiddenStep]) -> list[HiddenStepDone]:
+        """Runs steps of several sessions at once, so that servers can batch them.
+
+        Args:
+            requests: each of another session.
+
+        Raises:
+            JobError, DaemonUnreachable: one could not be done; the others are given up.
+        """
+        answers: list[HiddenStepDone] = []
+        for first in range(0, len(requests), STEPS_AT_ONCE):
+            with self._under_way() as under_way:
+                jobs = [under_way.begin(step) for step in requests[first : first + STEPS_AT_ONCE]]
+                answers += [expect(self._next_answer(job), HiddenStepDone) for job in jobs]
+        return answers
 
     def close_hidden_session(self, session: str) -> None:
         """Ends such a session."""
         self._ask(CloseSession(job=0, session=session), SessionClosed)
 
-    def _wait(self, request: Request, kind: type[M]) -> M:
-        job = self._begin(request)
+    def _send(self, data: bytes) -> None:
+        is_whole = False
         try:
-            return expect(self._next_answer(job), kind)
+            with hold_interrupt():
+                super()._send(data)
+                is_whole = True
         finally:
-            self._send(self._connection.abandon(job))
-
-    def _run_pass(
-        self, job: int, rows: WireTensor, tokens: int, take: Callable[[Answer], None]
-    ) -> Answer:
-        passing = _Passing(job)
-
-        def interrupt() -> None:
-            passing.is_interrupted = True
-            if not passing.is_sending:
-                self._send(self._connection.cancel(job))
-
-        self._receive_bytes = LARGE_RECEIVE_BYTES
-        try:
-            with on_first_interrupt(interrupt):
-                self._send_rows(passing, rows, tokens)
-                while True:
-                    answer = self._next_answer(job)
-                    if isinstance(answer, ForwardDone | BackwardDone):
-                        break
-                    take(answer)
-            if passing.is_interrupted:  # too late for the daemon
-                raise KeyboardInterrupt
-            return answer
-        except CommandError as error:
-            if passing.is_interrupted and error.code == "cancelled":
-                raise KeyboardInterrupt from None
-            raise
-        except BaseException:
-            if passing.is_sending:  # in the middle of a frame
+            if not is_whole:  # Ctrl-C was pressed twice, in the middle of a frame
                 self.close()
-            else:
-                self._send(self._connection.abandon(job))
-            raise
 
-    def _send_rows(self, passing: _Passing, rows: WireTensor, tokens: int) -> None:
+    @contextmanager
+    def _under_way(self) -> Iterator[_UnderWay]:
+        """What is begun in the block is cancelled by Ctrl-C, and given up with the block's end."""
+        under_way = _UnderWay(self)
+        with on_first_interrupt(under_way.cancel) as under_way.interrupt:
+            try:
+                yield under_way
+            except CommandError as error:
+                if under_way.interrupt.has_come and error.code == "cancelled":
+                    raise KeyboardInterrupt from None
+                raise
+            finally:
+                for job in under_way.jobs:
+                    self._send(self._connection.abandon(job))
+        if under_way.interrupt.has_come:  # too late for the daemon
+            raise KeyboardInterrupt
+
+    def _run(
+        self,
+        request: Request,
+        kind: type[M],
+        *,
+        rows: WireTensor | None = None,
+        tokens: int = 1,
+        take: Callable[[Answer], None] | None = None,
+        on_begin: Callable[[int], None] | None = None,
+        wait_s: float | None = None,
+    ) -> M:
+        """Does a job; what comes before its result is taken while the rows are sent, and after."""
+        deadline = None if wait_s is None else time.monotonic() + wait_s
+        if rows is not None:
+            self._receive_bytes = LARGE_RECEIVE_BYTES
+        with self._under_way() as under_way:
+            job = under_way.begin(request)
+            if on_begin is not None:
+                on_begin(job)
+            frames = self._frames(job, rows, tokens)
+            while True:
+                answer = self._connection.next_answer(job)
+                if answer is not None:
+                    if take is None or isinstance(answer, kind):
+                        return expect(answer, kind)
+                    take(answer)
+                elif not under_way.interrupt.has_come and (frame := next(frames, None)):
+                    self._send(frame)
+                    self._receive_nowait()
+                else:
+                    self._receive(deadline)
+
+    def _frames(self, job: int, rows: WireTensor | None, tokens: int) -> Iterator[bytes]:
+        if rows is None:
+            return
         count = rows.shape[0]
         sequence_bytes = max(1, len(rows.data) * tokens // count)
         step = max(1, ROWS_BYTES // sequence_bytes) * tokens
@@ -241,13 +307,18 @@ class TrainingClient(Client):
             step = max(1, ROWS_BYTES * count // len(rows.data))
         for first in range(0, count, step):
             part = rows_between(rows, first, min(first + step, count))
-            frame = self._connection.rows_frame(passing.job, first, part)
-            passing.is_sending = True
-            self._send(frame)
-            passing.is_sending = False
-            if passing.is_interrupted:
-                self._send(self._connection.cancel(passing.job))
-                return
+            yield self._connection.rows_frame(job, first, part)
+
+    def _receive_nowait(self) -> None:
+        """Takes what has come: the daemon gives up an app that reads nothing for long."""
+        try:
+            while data := self._socket.recv(self._receive_bytes, socket.MSG_DONTWAIT):
+                self._connection.receive_data(data)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._connection.receive_data(b"")
 
 
 def rows_between(tensor: WireTensor, start: int, end: int) -> WireTensor:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from kernels.model_config import ModelConfig
 from p2p.wire.control_messages import Chain, ChainMove, Progress
 from p2p.wire.training_messages import (
     AdapterGradient,
@@ -33,25 +34,30 @@ from petalctl.torch.wire_tensors import DTYPES, from_wire, mask_to_wire, to_wire
 
 OnProgress = Callable[[Progress], None]
 
+_Version = tuple[int, int, int, str]
+
 
 class Daemon:
-    """A connection, and what the app has put on it; one for all modules that share the client.
+    """What the app has put on a connection; one for all modules that share the client.
 
-    Args:
-        client: of the daemon.
+    It does not hold the client, by which it is found.
     """
 
-    def __init__(self, client: TrainingClient) -> None:
-        self.client = client
-        self._put: dict[int, tuple[weakref.ref[RemoteAdapter], tuple[int, int, int]]] = {}
+    def __init__(self) -> None:
+        self._put: dict[int, tuple[weakref.ref[RemoteAdapter], _Version | None]] = {}
         self._forgotten: deque[int] = deque()
 
     def put_adapter(
-        self, adapter: RemoteAdapter, model: str, values_LE: torch.Tensor | None = None
+        self,
+        client: TrainingClient,
+        adapter: RemoteAdapter,
+        model: str,
+        values_LE: torch.Tensor | None = None,
     ) -> int:
         """Gives the daemon an adapter, unless it has these very numbers; gives its number there.
 
         Args:
+            client: of the daemon.
             adapter: the adapter.
             model: a name that the daemon routes for.
             values_LE: its numbers, where they are not those that it has now.
@@ -61,17 +67,19 @@ class Daemon:
         """
         given = adapter.values if values_LE is None else values_LE
         values = given.detach()
+        if values.dtype != torch.float64:
+            values = values.float()
         # Whoever writes to ``values.data`` changes no version: hence the sum of the bits.
         bits = values.contiguous().view(torch.int32).sum(dtype=torch.int64).item()
-        version = (given._version, values.data_ptr(), int(bits))
+        version = (given._version, given.data_ptr(), int(bits), model)
         number = next((n for n, (ref, _) in self._put.items() if ref() is adapter), None)
         if number is None:
             gone = [n for n, (ref, _) in self._put.items() if ref() is None]
             number = gone[0] if gone else len(self._put)
-        known = self._put.get(number)
-        if known is not None and known[0]() is adapter and known[1] == version:
+        elif self._put[number][1] == version:
             return number
-        self.client.put_adapter(
+        self._put[number] = (weakref.ref(adapter), None)  # until all of it is there
+        client.put_adapter(
             number,
             shape=adapter.shape,
             start=0,
@@ -86,10 +94,10 @@ class Daemon:
         """Lets the daemon forget a forward pass with the next request; safe in a finaliser."""
         self._forgotten.append(forward)
 
-    def forget_now(self) -> None:
+    def forget_now(self, client: TrainingClient) -> None:
         """Tells the daemon which forward passes it may forget."""
         while self._forgotten:
-            self.client.forget_forward(self._forgotten.popleft())
+            client.forget_forward(self._forgotten.popleft())
 
 
 _daemons: weakref.WeakKeyDictionary[TrainingClient, Daemon] = weakref.WeakKeyDictionary()
@@ -99,7 +107,7 @@ def daemon_of(client: TrainingClient) -> Daemon:
     """What is known of a client's daemon."""
     daemon = _daemons.get(client)
     if daemon is None:
-        daemon = _daemons[client] = Daemon(client)
+        daemon = _daemons[client] = Daemon()
     return daemon
 
 
@@ -173,13 +181,17 @@ class RemoteBlocks(nn.Module):
             JobError, DaemonUnreachable: the swarm could not do it.
         """
         _check(hidden_states, attention_mask)
-        values = None if self.adapter is None else self.adapter.values
+        values = None
+        if self.adapter is not None:
+            values = self.adapter.values
+            _check_against(self.adapter.config, hidden_states, self.start, self.end)
+        # Within a function of autograd, nothing tells whether there will be a graph.
         is_kept = torch.is_grad_enabled() and (
             hidden_states.requires_grad or (values is not None and values.requires_grad)
         )
-        output: torch.Tensor = _RemotePass.apply(
+        output: torch.Tensor = _RemotePass.apply(  # type: ignore[no-untyped-call]
             hidden_states, values, attention_mask, self, is_kept
-        )  # type: ignore[no-untyped-call]
+        )
         return output
 
     def extra_repr(self) -> str:
@@ -196,12 +208,12 @@ class RemoteBlocks(nn.Module):
     ) -> tuple[int, torch.Tensor]:
         """Runs a batch; gives the number of the pass, and the output, on the CPU."""
         daemon = daemon_of(self.client)
-        daemon.forget_now()
+        daemon.forget_now(self.client)
         number = None
         if self.adapter is not None and values_LE is not None:
-            number = daemon.put_adapter(self.adapter, self.model, values_LE)
+            number = daemon.put_adapter(self.client, self.adapter, self.model, values_LE)
         batch, tokens, width = hidden_BSD.shape
-        output_SD = torch.empty(batch * tokens, width, dtype=hidden_BSD.dtype)
+        output = _Gatherer(batch * tokens, width, hidden_BSD.dtype)
         request = ForwardBatch(
             job=0,
             model=self.model,
@@ -219,19 +231,19 @@ class RemoteBlocks(nn.Module):
         forward, done = self.client.run_forward(
             request,
             to_wire(hidden_BSD.detach().reshape(batch * tokens, width)),
-            on_rows=_taker(output_SD),
+            on_rows=output.take,
             on_progress=self.on_progress,
         )
         self._note(done)
-        return forward, output_SD.view(batch, tokens, width)
+        return forward, output.whole().view(batch, tokens, width)
 
     def run_backward(
         self, forward: int, gradient_BSD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Takes a gradient back through a kept pass; gives the input's and the adapter's."""
-        daemon_of(self.client).forget_now()
+        daemon_of(self.client).forget_now(self.client)
         batch, tokens, width = gradient_BSD.shape
-        input_SD = torch.empty(batch * tokens, width, dtype=gradient_BSD.dtype)
+        of_input = _Gatherer(batch * tokens, width, gradient_BSD.dtype)
         of_adapter_LE = None if self.adapter is None else torch.zeros_like(self.adapter.values)
 
         def take(gradient: AdapterGradient) -> None:
@@ -244,12 +256,12 @@ class RemoteBlocks(nn.Module):
             forward,
             to_wire(gradient_BSD.detach().reshape(batch * tokens, width)),
             tokens=tokens,
-            on_rows=_taker(input_SD),
+            on_rows=of_input.take,
             on_gradient=take,
             on_progress=self.on_progress,
         )
         self._note(done)
-        return input_SD.view(batch, tokens, width), of_adapter_LE
+        return of_input.whole().view(batch, tokens, width), of_adapter_LE
 
     def _note(self, done: ForwardDone | BackwardDone) -> None:
         self.timings = done.timings
@@ -258,7 +270,20 @@ class RemoteBlocks(nn.Module):
 
 
 class _Kept:
-    """Lives as long as a graph that may be run back."""
+    """A forward pass that the daemon keeps; lives as long as a graph that may be run back.
+
+    Attributes:
+        number: of the pass.
+    """
+
+    def __init__(self, daemon: Daemon, number: int) -> None:
+        self.number = number
+        self._forget = weakref.finalize(self, daemon.forget_soon, number)
+        self._forget.atexit = False
+
+    def has_run_back(self) -> None:
+        """The daemon has forgotten it."""
+        self._forget.detach()
 
 
 class _RemotePass(torch.autograd.Function):
@@ -277,10 +302,7 @@ class _RemotePass(torch.autograd.Function):
         if is_kept:
             ctx.save_for_backward(hidden_BSD, values_LE, mask_BS)
             ctx.blocks = blocks
-            ctx.number = number
-            ctx.kept = _Kept()
-            daemon = daemon_of(blocks.client)
-            ctx.forget = weakref.finalize(ctx.kept, daemon.forget_soon, number)
+            ctx.kept = _Kept(daemon_of(blocks.client), number)
         return output_BSD.to(hidden_BSD.device)
 
     @staticmethod
@@ -294,25 +316,53 @@ class _RemotePass(torch.autograd.Function):
                 "gradients"
             )
         try:
-            input_BSD, of_adapter_LE = blocks.run_backward(ctx.number, gradient_BSD)
+            input_BSD, of_adapter_LE = blocks.run_backward(ctx.kept.number, gradient_BSD)
         except JobError as error:
             if error.code != "unknown_forward":
                 raise
-            # It was run back already (retain_graph), or the connection is another.
-            ctx.number, _ = blocks.run_forward(hidden_BSD, values_LE, mask_BS, is_kept=True)
-            input_BSD, of_adapter_LE = blocks.run_backward(ctx.number, gradient_BSD)
-        ctx.forget.detach()
+            # It was run back already (retain_graph).
+            ctx.kept.has_run_back()
+            number, _ = blocks.run_forward(hidden_BSD, values_LE, mask_BS, is_kept=True)
+            ctx.kept = _Kept(daemon_of(blocks.client), number)
+            input_BSD, of_adapter_LE = blocks.run_backward(number, gradient_BSD)
+        ctx.kept.has_run_back()
         if of_adapter_LE is not None and values_LE is not None:
             of_adapter_LE = of_adapter_LE.to(values_LE.device)
         return input_BSD.to(hidden_BSD.device), of_adapter_LE, None, None, None
 
 
-def _taker(output_SD: torch.Tensor) -> Callable[[BatchRows], None]:
-    def take(rows: BatchRows) -> None:
-        part_SD = from_wire(rows.hidden)
-        output_SD[rows.row : rows.row + part_SD.shape[0]] = part_SD.to(output_SD.dtype)
+class _Gatherer:
+    """Puts rows, as they come, to where they belong in a batch."""
 
-    return take
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        self._rows_SD = torch.empty(rows, width, dtype=dtype)
+        self._missing = rows
+
+    def take(self, rows: BatchRows) -> None:
+        part_SD = from_wire(rows.hidden)
+        self._rows_SD[rows.row : rows.row + part_SD.shape[0]] = part_SD.to(self._rows_SD.dtype)
+        self._missing -= part_SD.shape[0]
+
+    def whole(self) -> torch.Tensor:
+        if self._missing:
+            raise JobError(
+                "remote_protocol_error",
+                f"the daemon's answer lacks {self._missing} of {len(self._rows_SD)} rows; are "
+                "petald and petalctl of one version?",
+            )
+        return self._rows_SD
+
+
+def _check_against(config: ModelConfig, hidden: torch.Tensor, start: int, end: int | None) -> None:
+    if hidden.shape[2] != config.hidden_size:
+        raise ValueError(
+            f"hidden states have the shape {list(hidden.shape)}; "
+            f"[sequences, tokens, {config.hidden_size}] was expected"
+        )
+    if not 0 <= start < (config.num_blocks if end is None else end) <= config.num_blocks:
+        raise ValueError(
+            f"blocks {start}:{'' if end is None else end} are not within 0:{config.num_blocks}"
+        )
 
 
 def _check(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> None:

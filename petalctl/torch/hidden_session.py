@@ -46,7 +46,7 @@ class HiddenSession:
         self._prompt_SD = prompt_SD
         self._name = secrets.token_hex(8)
         self._position = 0
-        number = None if adapter is None else daemon_of(client).put_adapter(adapter, model)
+        number = None if adapter is None else daemon_of(client).put_adapter(client, adapter, model)
         client.open_hidden_session(
             OpenHiddenSession(
                 job=0,

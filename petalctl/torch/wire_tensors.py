@@ -15,6 +15,12 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+with warnings.catch_warnings():
+    # torch says once in a process that bytes are read-only. Nothing here writes to them, so it is
+    # told now: changing the filters for each tensor would be slow, and seen by other threads.
+    warnings.simplefilter("ignore", UserWarning)
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
 
 def to_wire(tensor: torch.Tensor) -> WireTensor:
     """A tensor as it is in memory; shares it where it is contiguous and on the CPU."""
@@ -27,9 +33,7 @@ def to_wire(tensor: torch.Tensor) -> WireTensor:
 def from_wire(tensor: WireTensor) -> torch.Tensor:
     """The tensor that came from the daemon; shares its memory, read-only."""
     dtype = DTYPES[tensor.dtype]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that bytes are read-only: nobody writes
-        data = torch.frombuffer(tensor.data, dtype=torch.uint8)
+    data = torch.frombuffer(tensor.data, dtype=torch.uint8)
     if data.data_ptr() % dtype.itemsize:
         data = data.clone()
     return data.view(dtype).view(tensor.shape)
