@@ -7,8 +7,9 @@ Shapes: B sequences, S tokens, D hidden size, V vocabulary, P tokens of a soft p
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +25,19 @@ from kernels.weight_names import WEIGHT_NAMES
 from petalctl.passes import TrainingClient
 from petalctl.torch.adapters import RemoteAdapter
 from petalctl.torch.blocks import OnProgress, RemoteBlocks
-from petalctl.torch.hidden_session import HiddenSession
+from petalctl.torch.continuation import (
+    Sample,
+    Step,
+    check_padding,
+    choose_likeliest,
+    continue_texts,
+)
+from petalctl.torch.hidden_session import HiddenSession, run_sessions
 from petalctl.torch.soft_prompt import IGNORED_LABEL, SoftPrompt
 
 LOSS_ROWS = 1024
 """Rows whose logits are held at once for a loss: with 50,000 tokens in the vocabulary they take
 200 MB, and as much again for their gradient."""
-
-Sample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Chooses the next tokens ``[B]`` from logits ``[B, V]`` and the ids so far ``[B, S]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +85,11 @@ class RemoteCausalLM(nn.Module):
         self.client = client
         self.adapter = adapter
         self.soft_prompt = soft_prompt
+        self.hosted = hosted
+        self.max_wait_s = max_wait_s
         self.inserted = nn.ModuleDict()
         self._block_options: dict[str, Any] = {
             "client": client,
-            "adapter": adapter,
             "hosted": hosted,
             "pieces_under_way": pieces_under_way,
             "max_wait_s": max_wait_s,
@@ -91,10 +97,11 @@ class RemoteCausalLM(nn.Module):
         }
         self._parts: dict[tuple[int, int], RemoteBlocks] = {}
         tensors = _load_ends(checkpoint, dtype)
-        self.embed_tokens = nn.Embedding(1, 1, device="meta")
+        vocabulary, width = self.config.vocab_size, self.config.hidden_size
+        self.embed_tokens = nn.Embedding(vocabulary, width, device="meta")
         self.embed_tokens.weight = nn.Parameter(tensors["embedding"], requires_grad=False)
         self.norm_weight = nn.Parameter(tensors["norm"], requires_grad=False)
-        self.lm_head = nn.Linear(1, 1, bias=False, device="meta")
+        self.lm_head = nn.Linear(width, vocabulary, bias=False, device="meta")
         self.lm_head.weight = (
             self.embed_tokens.weight
             if self.config.tie_embeddings
@@ -172,9 +179,13 @@ class RemoteCausalLM(nn.Module):
             )
         wanted = self._wanted(output_hidden_states)
         hidden, kept = self.run_blocks(hidden, attention_mask, wanted)
+        loss: torch.Tensor | None
+        if return_logits:
+            logits = self.logits(hidden)
+            loss = None if labels is None else _loss_of(logits, labels)
+            return CausalLMOutput(loss, logits, kept)
         loss = None if labels is None else self._loss(hidden, labels)
-        logits = self.logits(hidden) if return_logits else None
-        return CausalLMOutput(loss, logits, kept)
+        return CausalLMOutput(loss, None, kept)
 
     def run_blocks(
         self,
@@ -213,8 +224,9 @@ class RemoteCausalLM(nn.Module):
     ) -> torch.Tensor:
         """Continues texts; greedily, unless ``sample`` says otherwise.
 
-        Every sequence has a session of its own, which survives its servers. With modules inserted
-        between blocks there is no session: each step runs the whole text again.
+        Every sequence has a session of its own, which survives its servers; a connection has up to
+        64 at once. With modules inserted between blocks there is no session: each step runs the
+        whole text again.
 
         Args:
             input_ids: ``[B, S]``.
@@ -227,86 +239,87 @@ class RemoteCausalLM(nn.Module):
             All ids, ``[B, S + new]``; after a text's end comes its last end token again.
 
         Raises:
-            ValueError: the padding is not on the left.
+            ValueError: the padding is not on the left, or a text is empty.
             JobError, DaemonUnreachable: the swarm could not do it.
         """
-        sample = sample or _greedy
-        if attention_mask is not None and bool((attention_mask.diff(dim=1) < 0).any()):
-            raise ValueError("padding must be on the left of texts that are to be continued")
-        ends = _end_ids(eos_token_id, self.config)
-        step = self._recomputing(attention_mask) if self.inserted else None
-        sessions: list[HiddenSession] = []
-        try:
-            if step is None:
-                sessions = self._open_sessions(input_ids, attention_mask, max_new_tokens)
-            last_BD = step(input_ids) if step else _stack([s.run_prompt() for s in sessions])
-            has_ended = torch.zeros(len(input_ids), dtype=torch.bool)
-            for made in range(max_new_tokens):
-                chosen = sample(self.logits(last_BD[:, None])[:, 0], input_ids).to(input_ids)
-                chosen = torch.where(has_ended, input_ids[:, -1], chosen) if made else chosen
-                input_ids = torch.cat((input_ids, chosen[:, None]), dim=1)
-                has_ended |= torch.isin(chosen, ends)
-                if bool(has_ended.all()) or made == max_new_tokens - 1:
-                    break
-                if step is not None:
-                    last_BD = step(input_ids)
-                else:
-                    rows = self.embed_tokens(chosen)
-                    last_BD = _stack(
-                        [
-                            last_D if is_over else session.run(row_D[None])
-                            for session, row_D, last_D, is_over in zip(
-                                sessions, rows, last_BD, has_ended.tolist(), strict=True
-                            )
-                        ]
-                    )
-        finally:
-            for session in sessions:
-                session.close()
-        return input_ids
-
-    def _open_sessions(
-        self, input_ids: torch.Tensor, mask: torch.Tensor | None, max_new_tokens: int
-    ) -> list[HiddenSession]:
-        sessions = []
-        for number, ids in enumerate(input_ids):
-            real = ids if mask is None else ids[mask[number] != 0]
-            rows = self.embed_tokens(real)
-            if self.soft_prompt is not None:
-                rows = self.soft_prompt.prepend(rows[None])[0][0]
-            sessions.append(
-                HiddenSession(
-                    self.client,
-                    rows,
-                    model=self.name,
-                    max_tokens=len(rows) + max_new_tokens,
-                    adapter=self.adapter,
-                    hosted=self._block_options["hosted"],
-                    max_wait_s=self._block_options["max_wait_s"],
-                )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        check_padding(input_ids, attention_mask)
+        ends: Sequence[int]
+        if isinstance(eos_token_id, int):
+            ends = [eos_token_id]
+        else:
+            ends = self.config.eos_token_ids if eos_token_id is None else list(eos_token_id)
+        with contextlib.ExitStack() as opened:
+            if self.inserted:
+                step = self._recomputing(attention_mask)
+            else:
+                step = self._stepping(opened, input_ids, attention_mask, max_new_tokens)
+            return continue_texts(
+                input_ids,
+                lambda ids, has_ended_B: self.logits(step(ids, has_ended_B)[:, None])[:, 0],
+                sample or choose_likeliest,
+                max_new_tokens,
+                torch.tensor(ends, dtype=torch.int64),
             )
-        return sessions
 
-    def _recomputing(self, mask: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        def step(input_ids: torch.Tensor) -> torch.Tensor:
+    def _stepping(
+        self,
+        opened: contextlib.ExitStack,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        max_new_tokens: int,
+    ) -> Step:
+        """Opens a session for each sequence, which the stack closes."""
+        prompts: list[torch.Tensor] = []
+        sessions: list[HiddenSession] = []
+        for number, ids in enumerate(input_ids):
+            rows_SD = self.embed_tokens(ids if mask is None else ids[mask[number] != 0])
+            if self.soft_prompt is not None:
+                rows_SD = self.soft_prompt.prepend(rows_SD[None])[0][0]
+            session = HiddenSession(
+                self.client,
+                model=self.name,
+                max_tokens=len(rows_SD) + max_new_tokens,
+                adapter=self.adapter,
+                hosted=self.hosted,
+                max_wait_s=self.max_wait_s,
+            )
+            opened.callback(session.close)
+            sessions.append(session)
+            prompts.append(rows_SD)
+        last: list[torch.Tensor] = []
+
+        def step(input_ids: torch.Tensor, has_ended_B: torch.Tensor) -> torch.Tensor:
+            nonlocal last
+            if not last:
+                last = run_sessions(sessions, prompts)
+            else:
+                going = [number for number, is_over in enumerate(has_ended_B) if not is_over]
+                rows = self.embed_tokens(input_ids[going, -1:])
+                answers = run_sessions([sessions[number] for number in going], list(rows))
+                for number, last_D in zip(going, answers, strict=True):
+                    last[number] = last_D
+            return torch.stack(last)
+
+        return step
+
+    def _recomputing(self, mask: torch.Tensor | None) -> Step:
+        def step(input_ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
             whole = mask
             if whole is not None:
                 more = input_ids.shape[1] - whole.shape[1]
                 whole = torch.cat((whole, whole.new_ones(len(whole), more)), dim=1)
             hidden = self.embed_tokens(input_ids)
             if self.soft_prompt is not None:
-                hidden, whole, _ = self.soft_prompt.prepend(hidden, whole)
+                hidden, whole = self.soft_prompt.prepend(hidden, whole)[:2]
             return self.run_blocks(hidden, whole)[0][:, -1]
 
         return step
 
     def _loss(self, hidden_BSD: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """The mean cross entropy, whose logits are made, and made again, a part at a time."""
-        if labels_BS.shape != hidden_BSD.shape[:2]:
-            raise ValueError(
-                f"labels have the shape {list(labels_BS.shape)}; "
-                f"{list(hidden_BSD.shape[:2])} was expected"
-            )
+        """As `_loss_of`, but the logits are made, and made again, a part at a time."""
+        _check_labels(hidden_BSD, labels_BS)
         is_said = labels_BS[:, 1:] != IGNORED_LABEL
         rows_RD = hidden_BSD[:, :-1][is_said]
         labels_R = labels_BS[:, 1:][is_said]
@@ -328,6 +341,7 @@ class RemoteCausalLM(nn.Module):
         if part is None:
             part = RemoteBlocks(self.name, start, end, **self._block_options)
             self._parts[start, end] = part
+        part.adapter = self.adapter  # which may be set anew
         return part
 
     def _wanted(self, chosen: bool | Sequence[int]) -> Sequence[int]:
@@ -365,15 +379,16 @@ def _load_ends(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Te
     return dict(zip(labels, tensors.values(), strict=False))
 
 
-def _greedy(logits_BV: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    return logits_BV.argmax(dim=-1)
+def _loss_of(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """The mean cross entropy of each token under what its predecessors say."""
+    _check_labels(logits_BSV, labels_BS)
+    return F.cross_entropy(
+        logits_BSV[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten(), ignore_index=IGNORED_LABEL
+    )
 
 
-def _stack(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(list(rows))
-
-
-def _end_ids(given: int | Sequence[int] | None, config: ModelConfig) -> torch.Tensor:
-    if given is None:
-        return torch.tensor(config.eos_token_ids, dtype=torch.int64)
-    return torch.tensor([given] if isinstance(given, int) else list(given), dtype=torch.int64)
+def _check_labels(rows: torch.Tensor, labels_BS: torch.Tensor) -> None:
+    if labels_BS.shape != rows.shape[:2]:
+        raise ValueError(
+            f"labels have the shape {list(labels_BS.shape)}; {list(rows.shape[:2])} was expected"
+        )
