@@ -19,6 +19,7 @@ from p2p.wire.tensor import WireTensor
 from p2p.wire.training_messages import BatchRows, ForwardBatch, OpenHiddenSession, RunHiddenStep
 from petalctl.errors import JobError
 from petalctl.passes import TrainingClient
+from petalctl.torch import RemoteAdapter, RemoteCausalLM, SoftPrompt
 from petald.adapter_store import adapter_rows, write_shape
 from petald.config import DaemonConfig
 from petald.control import Jobs, open_control_socket, serve_control
@@ -285,6 +286,39 @@ async def test_a_connection_has_a_bound_of_sessions(
                 client.open_hidden_session(OpenHiddenSession(job=0, session="c", max_tokens=9))
             client.close_hidden_session("a")
             client.open_hidden_session(OpenHiddenSession(job=0, session="c", max_tokens=9))
+
+        await use(path, talk)
+        await world.swarm.wait_free()
+
+
+async def test_several_texts_are_continued_at_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """With an adapter, whose prefix takes room too, and a soft prompt."""
+    ids = torch.randint(3, 100, (3, 8), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    elements = row_elements(checkpoint.config, FORM)
+    values_LE = 0.1 * torch.randn(4, elements, generator=torch.Generator().manual_seed(8))
+    adapter = RemoteAdapter(checkpoint.config, FORM, values_LE)
+    soft = SoftPrompt(checkpoint.config, tokens=2, seed=9)
+    async with (
+        open_daemon_world(checkpoint, tmp_path, (0, 2), (2, 4)) as world,
+        open_socket(world) as path,
+    ):
+
+        def talk(client: TrainingClient) -> None:
+            model = RemoteCausalLM.from_pretrained(
+                str(checkpoint.folder), client=client, adapter=adapter, soft_prompt=soft
+            )
+            made = model.generate(ids, max_new_tokens=6, attention_mask=mask, eos_token_id=[])
+            for own, new in ((ids[0], made[0]), (ids[1, 3:], made[1, 3:]), (ids[2], made[2])):
+                rows_BSD = soft.prepend(model.embed_tokens(new[None, :-1]))[0]
+                lent = SpanAdapter(checkpoint.config, FORM, 0, values_LE)
+                with torch.no_grad():
+                    logits = model.logits(world.swarm.whole.forward(rows_BSD, adapters=[lent]))
+                # Each is the likeliest, or as good as it.
+                likely = logits[0, 1 + len(own) :]
+                chosen = likely.gather(1, new[len(own) :, None])[:, 0]
+                check(chosen, likely.max(dim=1).values)
 
         await use(path, talk)
         await world.swarm.wait_free()
