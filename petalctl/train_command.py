@@ -314,4 +314,10 @@ def _say_end(
         )
     if before is not None and after is not None:
         tell(f"held-out loss: {before:.4f} before, {after:.4f} after")
-    tell(f"use it: {command}")
+    if args.adapter:
+        tell(
+            f"it belongs on top of the hosted adapter {args.adapter}: use both with "
+            f"petalctl.torch.RemoteCausalLM and hosted={args.adapter!r}"
+        )
+    else:
+        tell(f"use it: {command}")

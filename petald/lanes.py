@@ -103,6 +103,7 @@ class LaneKeeper:
         Raises:
             MissingBlocks: it was waited long enough, though some may have been tried meanwhile.
             HopFailed, BadAdapter: as ``last``, where it is of no use to wait.
+            NotFinite: in the place of such a ``last``, where there is nobody else to ask.
         """
         while True:
             try:
@@ -115,6 +116,11 @@ class LaneKeeper:
                 )
             except MissingBlocks as error:
                 if last is not None and is_final(last):
+                    if isinstance(last, HopFailed) and last.reason == CODE_NOT_FINITE:
+                        raise NotFinite(
+                            f"the only server of blocks {start}:{end} gives numbers that are not "
+                            "finite; lower the learning rate, or look at what is sent"
+                        ) from last
                     raise last from error
                 now = trio.current_time()
                 waited_s = now - self.waiting_since.setdefault(start, now)

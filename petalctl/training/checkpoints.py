@@ -200,7 +200,7 @@ def check_arguments(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _say(value: object) -> str:
-    text = "not given" if value is None else str(value)
+    text = "not given" if value is None or value == "" else str(value)
     return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{64}", text) else text[:80]
 
 

@@ -267,3 +267,12 @@ def test_signal_ends_the_step_and_saves_the_one_before(
     told = events(run(*arguments, "--json")[1])
     assert told[-1]["event"] == "done"
     assert any(each["event"] == "resumed" for each in told)
+
+
+def test_what_belongs_on_top_of_a_hosted_adapter_is_said_to(run: Run, arguments: list[str]) -> None:
+    status, _, err = run(*arguments, "--adapter", "poems")
+    assert status == 0
+    assert "on top of the hosted adapter poems" in err.splitlines()[-1]
+    status, _, err = run(*arguments)
+    assert status == 1
+    assert "--adapter was poems and is not given" in err

@@ -376,6 +376,13 @@ async def test_numbers_not_finite_everywhere_are_the_jobs_own_fault(
             await run_forward(world, world.batch(make_form(world)), tensors()[0])
 
 
+async def test_numbers_not_finite_of_the_only_server_are_so_too(checkpoint: Checkpoint) -> None:
+    async with open_pass_world(checkpoint, (0, 4)) as world:
+        Liar(world, 0, "nan")
+        with pytest.raises(NotFinite, match="lower the learning rate"):
+            await run_forward(world, world.batch(make_form(world)), tensors()[0])
+
+
 async def test_a_job_waits_for_a_server_and_says_so(checkpoint: Checkpoint) -> None:
     async with open_pass_world(checkpoint, (0, 4)) as world:
         form = make_form(world)
