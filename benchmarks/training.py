@@ -45,6 +45,8 @@ BASE = "recomputing"
 AT_ONCE_TOKENS = 1024
 """In one process: 30 blocks keep some 2 GB for so many."""
 
+WARM_UP_SEQUENCES = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -224,11 +226,11 @@ def main() -> int:
             generator = torch.Generator().manual_seed(batch)
             hidden_BSD = torch.randn(batch, args.tokens, width, generator=generator)
             results[batch] = {name: [] for name in ways}
-            for round_number in range(args.rounds + 1):  # the first one warms up
+            for measure in ways.values():  # to warm up
+                measure(hidden_BSD[:WARM_UP_SEQUENCES])
+            for _ in range(args.rounds):
                 for name, measure in ways.items():
-                    sample = measure(hidden_BSD)
-                    if round_number:
-                        results[batch][name].append(sample)
+                    results[batch][name].append(measure(hidden_BSD))
             print_table(batch, args.tokens, results[batch])
     plain: dict[int, Any] = {
         batch: {name: [vars(run) for run in runs] for name, runs in samples.items()}
