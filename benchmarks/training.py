@@ -9,7 +9,8 @@ thread each. Printed are tokens a second of forward, and of forward and backward
 that a backward pass computes it again. *Hugging Face* and *plain* keep what autograd needs. They
 go through a large batch a few sequences at a time, or it would not fit into memory. Every round
 measures each way once, in turn; printed are the median over the rounds, and the least and most.
-*Busy* is the time in all hops' kernels, by the time that the cores have.
+*Busy* is the time in all hops' kernels, by the time that the cores have; where several hops share a
+core, each counts the time for itself.
 """
 
 from __future__ import annotations
