@@ -222,6 +222,7 @@ class PassLink:
         adapter: LentAdapter | None,
     ) -> M:
         await self.wait_open()
+        await trio.lowlevel.checkpoint_if_cancelled()
         if adapter is not None:  # whose digest is made here, the first time
             size_bytes = adapter.values_LE.nbytes
             await off_loop(adapter.part, self.key.start, self.key.end, size_bytes=size_bytes)
@@ -301,7 +302,6 @@ class PassLink:
     async def _send(self, message: Message) -> None:
         if self._failure is not None or self._messages is None:
             raise self._failed()
-        await trio.lowlevel.checkpoint_if_cancelled()
         try:
             # Whole or not at all, for others share the stream; its end ends this too.
             with trio.CancelScope(shield=True):
