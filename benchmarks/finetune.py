@@ -6,12 +6,15 @@ The data are the help texts of Python itself (``pydoc_data.topics``). Each metho
 same first values, on the same batches, through a swarm of three daemons with `petalctl.torch`, and
 in this process with Hugging Face's model (and PEFT, which loads the first values from its own
 format). Printed are the held-out loss before and after, of both, and how far their loss curves lie
-apart: the largest difference of a step's losses, and of the held-out losses.
+apart: the largest difference of a step's losses. For a scale, the run in this process is repeated
+with first values that differ by a part in a million: where training is chaotic, that alone drives
+the curves apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 import tempfile
@@ -40,6 +43,8 @@ from petalctl.training.data_files import load_sequences
 from petalctl.training.data_order import split_held_out
 from petalctl.training.settings import DEFAULT_LR, METHODS, TrainSettings
 from petalctl.training.trainer import LossModel, RunHistory, StepReport, Trainer, TrainingData
+
+DISTURBANCE = 1e-6
 
 Trained = RemoteLora | DeepPrompt | SoftPrompt
 
@@ -163,14 +168,27 @@ def train(
     return Run(losses=history.losses, held_out=history.held_out, seconds=seconds)
 
 
-def print_run(method: str, swarm: Run, local: Run) -> None:
+def disturb(trained: Trained) -> Trained:
+    """The same with values that differ by a part in a million."""
+    other = copy.deepcopy(trained)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for values in other.parameters():
+            values *= 1 + DISTURBANCE * torch.randn(values.shape, generator=generator)
+    return other
+
+
+def distance(one: Run, other: Run) -> float:
+    return max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
+
+
+def print_run(method: str, swarm: Run, local: Run, disturbed: Run) -> None:
     last = max(swarm.held_out)
-    apart = max(abs(a - b) for a, b in zip(swarm.losses, local.losses, strict=True))
-    held_apart = max(abs(swarm.held_out[step] - local.held_out[step]) for step in swarm.held_out)
     print(
         f"{method:12} held-out loss {swarm.held_out[0]:.4f} to {swarm.held_out[last]:.4f} "
         f"({swarm.seconds:.0f} s), local {local.held_out[0]:.4f} to {local.held_out[last]:.4f} "
-        f"({local.seconds:.0f} s); apart by {apart:.1e} in training, {held_apart:.1e} held out"
+        f"({local.seconds:.0f} s); apart by {distance(swarm, local):.1e}, "
+        f"disturbed {distance(disturbed, local):.1e}"
     )
 
 
@@ -208,15 +226,19 @@ def main() -> int:
             remote = RemoteCausalLM.from_pretrained(args.model, client=client)
             prompt_PD = remote.embed_tokens(torch.arange(1000, 1016))
             trained = make_trained(method, config, prompt_PD)
-            local, parameters = make_local(trained, folder, Path(place) / method)
+            locals_ = [
+                make_local(first, folder, Path(place) / f"{method}-{number}")
+                for number, first in enumerate((trained, disturb(trained)))
+            ]
             options = {"soft_prompt" if method == "prompt" else "adapter": trained}
             remote = RemoteCausalLM.from_pretrained(args.model, client=client, **options)
             runs = [
                 train(remote, dict(trained.named_parameters()), settings, data),
-                train(local, parameters, settings, data),
+                *(train(local, parameters, settings, data) for local, parameters in locals_),
             ]
             print_run(method, *runs)
-            results[method] = dict(zip(("swarm", "local"), map(asdict, runs), strict=True))
+            names = ("swarm", "local", "disturbed")
+            results[method] = dict(zip(names, map(asdict, runs), strict=True))
     write_results("finetune", machine, args, results)
     return 0
 
