@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -180,6 +181,17 @@ class Terminal:
                 raise AssertionError(f"it ended; {text!r} not in {self.seen!r}") from error
         self.seen = self.seen.partition(text)[2]
 
+    def interrupt_until_seen(self, text: str) -> None:
+        """Presses Ctrl-C, and again where one fell between a prompt and the reading after it.
+
+        Python looks at a signal before it reads from the terminal, and then not until a line came.
+        """
+        for _ in range(10):
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(AssertionError):
+                return self.wait_seen(text, 2.0)
+        raise AssertionError(f"{text!r} was never seen, but {self.seen!r}")
+
     def wait(self) -> int:
         status = self.process.wait(20)
         os.close(self._master)
@@ -203,8 +215,7 @@ def test_chat_in_a_terminal_survives_an_interrupted_answer() -> None:
             terminal.process.send_signal(signal.SIGINT)
             terminal.wait_seen("(stopped)")
             terminal.wait_seen("> ")
-        terminal.process.send_signal(signal.SIGINT)
-        terminal.wait_seen("/quit leaves")
+        terminal.interrupt_until_seen("/quit leaves")
         terminal.wait_seen("> ")
         terminal.type("\x04")
         assert terminal.wait() == 0
