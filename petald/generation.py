@@ -9,10 +9,7 @@ hop has cached, so what a new prompt shares with it need not be sent again.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,10 +19,8 @@ import trio
 from kernels.sampling import Sampler
 from kernels.sampling_params import SamplingParams
 from p2p.wire.control_messages import (
-    MAX_MOVES,
     Chain,
     ChainHop,
-    ChainMove,
     Generate,
     Generated,
     GenerateDone,
@@ -39,25 +34,17 @@ from petald.chain_client import ChainSession
 from petald.errors import BadRequest, HopFailed, PromptTooLong
 from petald.executor import Executor
 from petald.job_adapter import NO_ADAPTER, JobAdapter
+from petald.job_news import JobNews
 from petald.local_model import LocalModel
 from petald.router import Router
 from petald.scheduler import Priority
-from petald.session_actions import Moved, StepResultRows, Waiting
+from petald.session_actions import StepResultRows
 from petald.step_pieces import run_pieces
 from petald.tensors import from_wire, to_wire
 from petald.text_stream import TextStream
 
 KEPT_SESSION_SPARE_TOKENS = 2048
 """Room that a kept session gets beyond its first job when the app does not say how much."""
-
-WAITING_PERIOD_S = 5.0
-"""Between two tellings that a job still waits: it is tried more often than a person can read."""
-
-MAX_TOLD = 2048
-"""Characters of why a job waits: it quotes what peers say."""
-
-MAX_NEWS = 16
-"""News of the chain that wait for an app to read; what is more is not told."""
 
 Send = Callable[[Message], Awaitable[None]]
 
@@ -153,9 +140,7 @@ class GenerationJob:
         self._clock = _Clock(started_at)
         self._max_wait_s = max_wait_s
         self._session: ChainSession | None = None
-        self._waiting_told_at = -math.inf
-        self._moves: deque[ChainMove] = deque(maxlen=MAX_MOVES)
-        self._news_in, self._news_out = trio.open_memory_channel[Moved | Waiting](MAX_NEWS)
+        self._news = JobNews(request.job, send, chain=self._chain)
 
     async def open_session(self, nursery: trio.Nursery, kept: KeptSession | None) -> KeptSession:
         """Gives the session to generate with: the kept one if it still can be used, or a new one.
@@ -174,7 +159,7 @@ class GenerationJob:
             fits = is_same and kept.session.max_tokens >= needed
             if fits and kept.session.is_open:
                 self._session = kept.session
-                kept.session.on_news = self._on_news
+                kept.session.on_news = self._news.on_news
                 return kept
             await kept.session.close()
         room = needed
@@ -187,7 +172,7 @@ class GenerationJob:
             max_tokens=room,
             nursery=nursery,
             max_wait_s=self._max_wait_s,
-            on_news=self._on_news,
+            on_news=self._news.on_news,
             adapter=adapter.lent,
             hosted=adapter.hosted,
         )
@@ -196,35 +181,10 @@ class GenerationJob:
 
     async def tell_news(self) -> None:
         """Tells the app what happens to the chain, until it is cancelled."""
-        async for news in self._news_out:
-            if isinstance(news, Waiting):
-                limits = f"(for {news.waited_s:.0f} s; waiting up to {news.limit_s:.0f})"
-                text = f"{news.text[:MAX_TOLD]} {limits}"
-                progress = Progress(job=self._request.job, event="waiting", text=text)
-            else:
-                move = _wire_move(news)
-                text = f"blocks {move.start}:{move.end} moved after {move.reason}"
-                progress = Progress(
-                    job=self._request.job,
-                    event="moved",
-                    text=text,
-                    move=move,
-                    chain=() if self._session is None else _wire_chain(self._session),
-                )
-            await self._send(progress)
+        await self._news.tell()
 
-    def _on_news(self, news: Moved | Waiting) -> None:
-        if isinstance(news, Moved):
-            if not news.old:  # the chain as it was opened is told of by itself
-                return
-            self._moves.append(_wire_move(news))
-        else:
-            now = trio.current_time()
-            if now - self._waiting_told_at < WAITING_PERIOD_S:
-                return
-            self._waiting_told_at = now
-        with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError):
-            self._news_in.send_nowait(news)
+    def _chain(self) -> Chain:
+        return () if self._session is None else _wire_chain(self._session)
 
     async def run(self, kept: KeptSession) -> GenerateDone:
         """Generates, and tells the app every step of it; gives the last word, still to be told.
@@ -277,7 +237,7 @@ class GenerationJob:
             finish_reason=finish_reason,
             chain=_wire_chain(kept.session),
             timings=self._clock.timings(len(tokens)),
-            moves=tuple(self._moves),
+            moves=tuple(self._news.moves),
         )
 
     async def _prefill(self, kept: KeptSession) -> torch.Tensor:
@@ -411,17 +371,3 @@ def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _wire_chain(session: ChainSession) -> Chain:
     return tuple(ChainHop(peer=hop.peer, start=hop.start, end=hop.end) for hop in session.chain)
-
-
-def _wire_move(moved: Moved) -> ChainMove:
-    return ChainMove(
-        start=moved.start,
-        end=moved.end,
-        old=moved.old,
-        new=moved.new,
-        reason=moved.code,
-        silent_s=moved.silent_s,
-        pause_s=moved.pause_s,
-        replayed_tokens=moved.replayed_tokens,
-        handed_over_tokens=moved.handed_over_tokens,
-    )

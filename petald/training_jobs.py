@@ -6,8 +6,6 @@ it. Invariant: a connection never keeps more than this module's limits.
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +17,7 @@ import trio
 from kernels.adapter_form import row_elements
 from kernels.errors import BadAdapter
 from p2p.errors import RemoteProtocolError
-from p2p.wire.control_messages import MAX_MOVES, Chain, ChainHop, ChainMove, Progress
+from p2p.wire.control_messages import Chain, ChainHop
 from p2p.wire.message import Message
 from p2p.wire.tensor import WireTensor
 from p2p.wire.training_messages import (
@@ -39,13 +37,13 @@ from petald.adapter_store import adapter_rows, read_shape
 from petald.batch_pass import BatchForm, BatchPass
 from petald.batch_rows import IncomingRows
 from petald.errors import BadRequest, UnknownForward, raise_alone
+from petald.job_news import JobNews
 from petald.lanes import LaneKeeper
 from petald.lent_adapter import LentAdapter
 from petald.local_model import LocalModels, ModelIdentity
 from petald.pass_chooser import ModelPassChooser
 from petald.pass_link import PassLinks
 from petald.router import Router
-from petald.session_actions import Moved, Waiting
 from petald.tensors import all_finite, mask_from_wire, plain_tensor, slice_rows
 
 MAX_KEPT_FORWARDS = 256
@@ -55,10 +53,6 @@ into parts by modules between its blocks, has several under way."""
 MAX_ADAPTERS = 16
 MAX_ADAPTER_BYTES = 1 << 32
 MAX_BATCH_TOKENS = 1 << 26
-
-MAX_NEWS = 16
-WAITING_PERIOD_S = 5.0
-MAX_TOLD = 2048
 
 T = TypeVar("T")
 
@@ -261,7 +255,7 @@ class TrainingJobs:
             batch = BatchPass(
                 form,
                 model,
-                keeper=LaneKeeper(chooser, max_wait_s, teller.on_news),
+                keeper=LaneKeeper(chooser, max_wait_s, teller.news.on_news),
                 links=self._links,
                 histories=self._router.histories,
                 codec=self._router.codec,
@@ -276,7 +270,7 @@ class TrainingJobs:
                     job=request.job,
                     timings=teller.timings(batch),
                     chains=_wire_chains(batch),
-                    moves=tuple(teller.moves),
+                    moves=tuple(teller.news.moves),
                 )
             )
             is_kept = request.is_kept
@@ -295,7 +289,7 @@ class TrainingJobs:
             is_done = False
             try:
                 teller = _Teller(request.job, send)
-                batch.keeper.on_news = teller.on_news
+                batch.keeper.on_news = teller.news.on_news
                 batch.keeper.repeated = 0
                 gradient_LE = await teller.run(partial(batch.run_backward, rows, teller.send_rows))
                 timings, chains = teller.timings(batch), _wire_chains(batch)
@@ -307,7 +301,7 @@ class TrainingJobs:
                 await _send_gradient(request.job, batch.form.start, gradient_LE, send)
             await send(
                 BackwardDone(
-                    job=request.job, timings=timings, chains=chains, moves=tuple(teller.moves)
+                    job=request.job, timings=timings, chains=chains, moves=tuple(teller.news.moves)
                 )
             )
         finally:
@@ -318,34 +312,16 @@ class _Teller:
     """What the app is told of a pass."""
 
     def __init__(self, job: int, send: Send) -> None:
-        self.moves: deque[ChainMove] = deque(maxlen=MAX_MOVES)
+        self.news = JobNews(job, send)
         self._job = job
         self._send = send
         self._began_at = trio.current_time()
-        self._waiting_told_at = float("-inf")
-        self._news_in, self._news_out = trio.open_memory_channel[Progress](MAX_NEWS)
-
-    def on_news(self, news: Moved | Waiting) -> None:
-        if isinstance(news, Waiting):
-            now = trio.current_time()
-            if now - self._waiting_told_at < WAITING_PERIOD_S:
-                return
-            self._waiting_told_at = now
-            limits = f"(for {news.waited_s:.0f} s; waiting up to {news.limit_s:.0f})"
-            told = Progress(job=self._job, event="waiting", text=f"{news.text[:MAX_TOLD]} {limits}")
-        else:
-            move = _wire_move(news)
-            self.moves.append(move)
-            text = f"blocks {move.start}:{move.end} moved after {move.reason}"
-            told = Progress(job=self._job, event="moved", text=text, move=move)
-        with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError):
-            self._news_in.send_nowait(told)
 
     async def run(self, work: Callable[[], Awaitable[T]]) -> T:
         """Does the work, and tells the news meanwhile."""
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._tell)
+                nursery.start_soon(self.news.tell)
                 result = await work()
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
@@ -368,10 +344,6 @@ class _Teller:
             hop_queue_s=counts.queue_us / 1e6,
             repeated=batch.keeper.repeated,
         )
-
-    async def _tell(self) -> None:
-        async for news in self._news_out:
-            await self._send(news)
 
 
 def _read_form(request: ForwardBatch, model: ModelIdentity, state: TrainingState) -> BatchForm:
@@ -452,16 +424,4 @@ def _wire_chains(batch: BatchPass) -> tuple[Chain, ...]:
     return tuple(
         tuple(ChainHop(peer=hop.peer, start=hop.start, end=hop.end) for hop in chain)
         for chain in batch.chains[:MAX_CHAINS]
-    )
-
-
-def _wire_move(moved: Moved) -> ChainMove:
-    return ChainMove(
-        start=moved.start,
-        end=moved.end,
-        old=moved.old,
-        new=moved.new,
-        reason=moved.code,
-        silent_s=moved.silent_s,
-        pause_s=moved.pause_s,
     )
