@@ -10,7 +10,7 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,10 @@ from kernels.mlp import GatedMLP
 from kernels.model_config import ModelConfig
 from kernels.norm import RMSNorm
 from kernels.rotary import rotate
-from kernels.weight_names import WEIGHT_NAMES, short_name
+from kernels.weight_names import WEIGHT_NAMES
+
+LinearMaker = Callable[[Sequence[str]], Linear]
+"""Makes one linear layer of those that have these names in the checkpoint, side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +52,20 @@ class DecoderBlock:
         config: of the model.
         block: its number.
         tensors: its weights, by their names in the checkpoint.
+        make_linear: makes its linear layers, in whichever weight format.
     """
 
     def __init__(
-        self, config: ModelConfig, block: int, tensors: Mapping[str, torch.Tensor]
+        self,
+        config: ModelConfig,
+        block: int,
+        tensors: Mapping[str, torch.Tensor],
+        make_linear: LinearMaker,
     ) -> None:
         names = WEIGHT_NAMES[config.family]
 
-        def joined(*parts: str) -> Linear:
-            labels = [part.format(block=block) for part in parts]
-            weights = [tensors[f"{label}.weight"] for label in labels]
-            biases = [tensors[f"{label}.bias"] for label in labels if f"{label}.bias" in tensors]
-            return Linear(
-                torch.cat(weights),
-                torch.cat(biases) if biases else None,
-                parts=[
-                    (short_name(label), weight.shape[0])
-                    for label, weight in zip(labels, weights, strict=True)
-                ],
-            )
+        def linear(*parts: str) -> Linear:
+            return make_linear([part.format(block=block) for part in parts])
 
         def norm(part: str) -> RMSNorm:
             return RMSNorm(tensors[f"{part.format(block=block)}.weight"], config.norm_eps)
@@ -76,10 +74,10 @@ class DecoderBlock:
         self._kv_heads = config.num_kv_heads
         self._head_size = config.head_size
         self._input_norm = norm(names.input_norm)
-        self._qkv = joined(*names.qkv)
-        self._output = joined(names.output)
+        self._qkv = linear(*names.qkv)
+        self._output = linear(names.output)
         self._mlp_norm = norm(names.mlp_norm)
-        self._mlp = GatedMLP(joined(*names.gate_up), joined(names.down))
+        self._mlp = GatedMLP(linear(*names.gate_up), linear(names.down))
 
     @property
     def weight_bytes(self) -> int:

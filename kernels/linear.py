@@ -14,11 +14,12 @@ Shapes: S rows, I width in, O width out.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from kernels.adapter import BlockAdapter, add_pairs
+from kernels.weight_names import short_name
 
 
 class Linear:
@@ -81,3 +82,18 @@ class Linear:
             if name in adapter.pairs
         ]
         return add_pairs(output_SO, x_SI, pairs) if pairs else output_SO
+
+
+def join_linears(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Linear:
+    """One layer of several that a checkpoint has, side by side.
+
+    Args:
+        tensors: weights, and biases where there are any, by their names in the checkpoint.
+        names: of the layers, without ``.weight``.
+    """
+    weights = [tensors[f"{name}.weight"] for name in names]
+    biases = [tensors[f"{name}.bias"] for name in names if f"{name}.bias" in tensors]
+    parts = [
+        (short_name(name), weight.shape[0]) for name, weight in zip(names, weights, strict=True)
+    ]
+    return Linear(torch.cat(weights), torch.cat(biases) if biases else None, parts=parts)

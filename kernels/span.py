@@ -9,6 +9,7 @@ Shapes: S packed rows, B batch, D hidden size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from kernels.block import DecoderBlock, Place
 from kernels.checkpoint import Checkpoint
 from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
 from kernels.kv_cache import SequenceCache
+from kernels.linear import join_linears
 from kernels.model_config import ModelConfig
 from kernels.rotary import RotaryTable
 from kernels.weight_names import block_shapes
@@ -237,7 +239,8 @@ def load_span(
             tensors = checkpoint.load_tensors(
                 block_shapes(config, number), dtype=dtype, device=device
             )
-            blocks.append(DecoderBlock(config, number, tensors))
+            make_linear = functools.partial(join_linears, tensors)
+            blocks.append(DecoderBlock(config, number, tensors, make_linear))
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(
                 f"{device} has no memory for block {number}; serve fewer blocks"
