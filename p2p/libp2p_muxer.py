@@ -28,6 +28,7 @@ from libp2p.stream_muxer.exceptions import (
 )
 from multiaddr import Multiaddr
 
+from p2p.bandwidth import Bandwidth
 from p2p.errors import Overloaded, RemoteProtocolError
 from p2p.yamux import (
     MAX_INBOUND_STREAMS,
@@ -245,6 +246,7 @@ class Muxer(IMuxedConn):
         self._has_output = trio.Event()
         self._drained = trio.lowlevel.ParkingLot()
         self._pong = trio.Event()
+        self._bandwidth = Bandwidth()
         self._scope = trio.CancelScope()
 
     @property
@@ -266,6 +268,11 @@ class Muxer(IMuxedConn):
     def is_backlogged(self) -> bool:
         """Whether senders should wait."""
         return self._writing_bytes + self.session.output_bytes > BACKLOG_BYTES
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """How fast bytes reach the other side; none where nothing was measured yet."""
+        return self._bandwidth.bytes_per_s
 
     async def wait_not_backlogged(self) -> None:
         """Waits until something was sent, or the connection ended."""
@@ -363,13 +370,24 @@ class Muxer(IMuxedConn):
                     self._scope.cancel()
                 self._writing_bytes = self.session.output_bytes
                 try:
-                    await self._conn.write(b"".join(self.session.take_output()))
+                    await self._conn.write(b"".join(self._take_output()))
                 except Exception:  # a class for each layer below; the connection is gone
                     self._scope.cancel()
                     return
                 self._writing_bytes = 0
                 self._drained.unpark_all()
             self._has_output = trio.Event()
+
+    def _take_output(self) -> list[bytes | memoryview]:
+        size_bytes = self.session.output_bytes
+        output = self.session.take_output()
+        if (values := self._bandwidth.on_write(size_bytes)) is None:
+            return output
+        pings = []
+        for value in values:
+            self.session.ping(value)
+            pings.append(self.session.take_output())
+        return [*pings[0], *output, *pings[1]]
 
     async def _read(self) -> None:
         while True:
@@ -410,6 +428,7 @@ class Muxer(IMuxedConn):
                 stream.on_reset()
         elif isinstance(event, PongReceived):
             self._pong.set()
+            self._bandwidth.on_pong(event.value, trio.current_time())
 
     def _on_opened(self, number: int) -> None:
         stream = self._streams[number] = MuxedStream(self, number)

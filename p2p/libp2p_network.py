@@ -251,6 +251,15 @@ class Libp2pNetwork:
         """The round trip to a peer, as last measured; 0 to the own one."""
         return 0.0 if peer == self._peer else self._round_trips.get(peer)
 
+    def bytes_per_s(self, peer: str) -> float | None:
+        """How fast bytes reach a peer, by the fastest of the connections to it."""
+        rates = [
+            connection.muxed_conn.bytes_per_s
+            for connection in self._host.get_network().get_connections(_parse_peer(peer))
+            if isinstance(connection.muxed_conn, Muxer)
+        ]
+        return max((rate for rate in rates if rate is not None), default=None)
+
     async def serve_own_streams(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:

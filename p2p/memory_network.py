@@ -283,6 +283,11 @@ class MemoryNetwork:
         """The round trip to a peer, as last measured; 0 to the own one."""
         return 0.0 if peer == self._peer else self._round_trips.get(peer)
 
+    def bytes_per_s(self, peer: str) -> float | None:
+        """What the link to a peer carries; none where that is without a bound."""
+        carried = self._hub.link(self._peer, peer).bytes_per_s
+        return None if math.isinf(carried) else carried
+
     async def run_handler(self, handler: StreamHandler, stream: PipeStream) -> None:
         """Serves one stream; what its handler raises ends it alone."""
         try:

@@ -129,3 +129,6 @@ class Network(Protocol):
 
     def round_trip_s(self, peer: str) -> float | None:
         """The round trip to a peer, from pings so far; none where there was none."""
+
+    def bytes_per_s(self, peer: str) -> float | None:
+        """How fast bytes reach a peer over the connection there is; none where nobody knows yet."""

@@ -93,3 +93,39 @@ async def test_a_peer_that_asks_and_never_reads_is_dropped(nursery, monkeypatch)
     assert connection.is_closed
     with pytest.raises(MuxedConnUnavailable):
         await muxer.open_stream()
+
+
+class SlowConnection(Connection):
+    """One end of a connection that carries so many bytes a second, one after the other."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        super().__init__()
+        self.bytes_per_s = bytes_per_s
+        self.far: SlowConnection | None = None
+
+    async def write(self, data: bytes) -> None:
+        assert self.far is not None
+        for start in range(0, len(data), 4096):
+            piece = data[start : start + 4096]
+            await trio.sleep(len(piece) / self.bytes_per_s)
+            await self.far.send.send(piece)
+
+
+async def test_it_tells_how_fast_the_connection_is_whatever_the_reader_does(
+    nursery, autojump_clock
+):
+    near, far = SlowConnection(50_000.0), SlowConnection(1e9)
+    near.far, far.far = far, near
+    near.is_initiator = True
+    muxers = [make_muxer(connection) for connection in (near, far)]
+    for muxer in muxers:
+        nursery.start_soon(muxer.start)
+    stream = await muxers[0].open_stream()
+    await stream.write(b"small")
+    assert muxers[0].bytes_per_s is None
+    await stream.write(bytes(100_000))  # which nobody reads
+    await trio.sleep(10)
+    measured = muxers[0].bytes_per_s
+    assert measured is not None
+    assert 45_000 < measured < 55_000
+    nursery.cancel_scope.cancel()

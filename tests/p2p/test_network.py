@@ -381,6 +381,27 @@ async def test_ping(open_networks):
         assert a.round_trip_s(b.peer) is not None
 
 
+async def test_how_fast_a_peer_is_reached_is_known_after_much_was_sent():
+    async with open_libp2p_networks(2) as (a, b):
+        b.set_handler(ECHO, echo)
+        stream = await a.open_stream(b.peer, ECHO)
+        assert a.bytes_per_s(b.peer) is None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send_all, bytes(4 * 1024 * 1024))
+            await receive_exactly(stream, 4 * 1024 * 1024)
+        for network, other in ((a, b), (b, a)):
+            assert network.bytes_per_s(other.peer) is not None
+        await stream.abort()
+
+
+async def test_how_fast_a_peer_in_memory_is_reached_is_what_the_link_carries():
+    async with open_memory_hub() as hub:
+        a, b = hub.make_network(), hub.make_network()
+        assert a.bytes_per_s(b.peer) is None
+        hub.link(a.peer, b.peer).bytes_per_s = 5e5
+        assert a.bytes_per_s(b.peer) == 5e5
+
+
 async def test_signatures(open_networks):
     async with open_networks(2) as (a, b):
         signature = a.sign(b"data")
