@@ -284,9 +284,8 @@ class MemoryNetwork:
         return 0.0 if peer == self._peer else self._round_trips.get(peer)
 
     def bytes_per_s(self, peer: str) -> float | None:
-        """What the link to a peer carries; none where that is without a bound."""
-        carried = self._hub.link(self._peer, peer).bytes_per_s
-        return None if math.isinf(carried) else carried
+        """What the link to a peer carries."""
+        return self._hub.link(self._peer, peer).bytes_per_s
 
     async def run_handler(self, handler: StreamHandler, stream: PipeStream) -> None:
         """Serves one stream; what its handler raises ends it alone."""

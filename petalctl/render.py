@@ -144,6 +144,9 @@ def _servers_table(servers: Sequence[ServerStatus]) -> Table:
     table.add_column("blocks", no_wrap=True)
     table.add_column("state")
     table.add_column("weights")
+    shows_codecs = any(server.codec != "auto" for server in servers)
+    if shows_codecs:
+        table.add_column("sends")
     table.add_column("steps/s", justify="right")
     table.add_column("free cache", justify="right")
     table.add_column("round trip", justify="right")
@@ -156,6 +159,7 @@ def _servers_table(servers: Sequence[ServerStatus]) -> Table:
             f"{server.start}:{server.end}",
             _cell(server.state),
             _cell(weights),
+            *([_cell(server.codec)] if shows_codecs else []),
             f"{server.steps_per_s:.1f}" if server.steps_per_s else "-",
             f"{server.free_cache_tokens}/{server.cache_tokens}",
             format_ms(server.round_trip_s),

@@ -22,7 +22,7 @@ import torch
 import trio
 
 from kernels.adapter_form import row_elements
-from kernels.errors import BadAdapter
+from kernels.errors import BadAdapter, KernelError
 from p2p.errors import RemoteProtocolError
 from p2p.wire.pass_messages import CODE_NOT_FINITE, CODE_SEQUENCE_TOO_LONG
 from p2p.wire.session_messages import HopTime
@@ -33,6 +33,7 @@ from petald.history import HistoryStore, InputHistory
 from petald.lanes import Lane, LaneKeeper, largest_hop, make_lanes
 from petald.lent_adapter import LentAdapter
 from petald.local_model import ModelIdentity
+from petald.message_codecs import MessageCodecs, may_come_as
 from petald.parallel_routing import ChainShare
 from petald.pass_link import LinkKey, PassLink, PassLinks, PassPiece
 from petald.pass_pieces import cut_batch
@@ -101,6 +102,7 @@ class _Piece:
     Attributes:
         first: the first sequence.
         inputs: of each hop, its first block, and the first of its rows in the history.
+        codec: in which the app's own rows go to the first hop.
         not_finite_at: peers that gave numbers which are not finite.
     """
 
@@ -108,6 +110,7 @@ class _Piece:
     sequences: int
     wire: PassPiece
     inputs: list[tuple[int, int]] = field(default_factory=list)
+    codec: str = RAW
     not_finite_at: set[str] = field(default_factory=set)
 
 
@@ -134,7 +137,9 @@ class BatchPass:
         keeper: chooses and replaces servers.
         links: the streams to them.
         histories: where inputs are kept.
-        codec: of the hidden states between hops.
+        codecs: encode what the app sends.
+        codec: of hidden states on their way.
+        gradient_codec: of gradients of hidden states, likewise.
     """
 
     def __init__(
@@ -145,14 +150,18 @@ class BatchPass:
         keeper: LaneKeeper,
         links: PassLinks,
         histories: HistoryStore,
-        codec: str,
+        codecs: MessageCodecs,
+        codec: str = RAW,
+        gradient_codec: str = RAW,
     ) -> None:
         self.form = form
         self.counts = PassCounts()
         self.keeper = keeper
         self._model = model
         self._links = links
+        self._codecs = codecs
         self._codec = codec
+        self._gradient_codec = gradient_codec
         self._lanes: list[Lane] = []
         self._pieces: list[_Piece] = []
         self._own: InputHistory | None = None
@@ -186,6 +195,8 @@ class BatchPass:
             end = first + piece.sequences * form.tokens
             await rows.wait_for(end)
             hidden = await self._read_own(rows.history, first, end)
+            piece.codec = self._choose_codec(lane, hidden, self._codec)
+            hidden = await self._encode(hidden, piece.codec)
             piece.inputs.append((form.start, first))
             output, borders = await self._forward(lane, piece, form.start, form.end, hidden)
             if form.is_kept:
@@ -222,9 +233,13 @@ class BatchPass:
             end = first + piece.sequences * form.tokens
             await rows.wait_for(end)
             gradient = await self._read_own(rows.history, first, end)
+            codec = self._choose_codec(lane, gradient, self._gradient_codec)
+            gradient = await self._encode(gradient, codec)
             until = form.end
             for block, row in reversed(piece.inputs):
                 hidden = self._read_input(block, row, end - first)
+                if block == form.start:  # the same bits as on the way forward
+                    hidden = await self._encode(hidden, piece.codec)
                 gradient = await self._backward(lane, piece, block, until, hidden, gradient)
                 until = block
             await send(first, await self._plain(gradient))
@@ -358,10 +373,10 @@ class BatchPass:
         for part, rows in await _fit(link, piece.wire):
             asked = slice_rows(hidden, rows)
             result = await link.run_forward(part, asked, self.form.adapter)
-            await self._check(hop, asked, result.hidden)
+            await self._check(hop, asked, result.hidden, self._codec)
             self.counts.add(result.time)
             outputs.append(result.hidden)
-        return join_rows(outputs)
+        return await self._join(outputs)
 
     async def _ask_backward(
         self, piece: _Piece, hop: Hop, hidden: WireTensor, gradient: WireTensor
@@ -373,12 +388,12 @@ class BatchPass:
         for part, rows in await _fit(link, piece.wire):
             asked = slice_rows(hidden, rows)
             result = await link.run_backward(part, asked, slice_rows(gradient, rows), adapter)
-            await self._check(hop, asked, result.gradient)
+            await self._check(hop, asked, result.gradient, self._gradient_codec)
             if adapter is not None:
                 of_adapter.append(_check_adapter(hop, adapter, result.adapter_gradient))
             self.counts.add(result.time)
             gradients.append(result.gradient)
-        return join_rows(gradients), of_adapter
+        return await self._join(gradients), of_adapter
 
     def _key(self, hop: Hop) -> LinkKey:
         return LinkKey(
@@ -387,12 +402,15 @@ class BatchPass:
             start=hop.start,
             end=hop.end,
             codec=self._codec,
+            gradient_codec=self._gradient_codec,
             hosted=self.form.hosted,
         )
 
-    async def _check(self, hop: Hop, asked: WireTensor, got: WireTensor) -> None:
+    async def _check(self, hop: Hop, asked: WireTensor, got: WireTensor, codec: str) -> None:
         rows = asked.shape[0]
         try:
+            if not may_come_as(got.codec, codec):
+                raise RemoteProtocolError(f"{got.codec[:32]!r} came for {codec}")
             if got.shape != asked.shape:
                 raise RemoteProtocolError(f"{list(got.shape)} came for {list(asked.shape)}")
             await off_loop(_check_rows, got, self._hidden_size, rows, size_bytes=len(got.data))
@@ -418,6 +436,29 @@ class BatchPass:
         history = self._own if block == self.form.start else self._between
         assert history is not None, "the pass was closed"
         return history.read(row, row + rows)
+
+    def _choose_codec(self, lane: Lane, rows: WireTensor, asked: str) -> str:
+        to = [hop.peer for hop in lane.hops[:1]]
+        return self._codecs.choose(plain_tensor(rows), asked, to=to)
+
+    async def _encode(self, rows: WireTensor, codec: str) -> WireTensor:
+        """The app's own rows as they go to a hop.
+
+        Raises:
+            BadRequest: the codec cannot write them.
+        """
+        if codec == RAW:
+            return rows
+        try:
+            return await off_loop(to_wire, plain_tensor(rows), codec, size_bytes=len(rows.data))
+        except KernelError as error:
+            raise BadRequest(f"rows cannot be sent as {codec}: {error}") from error
+
+    async def _join(self, parts: Sequence[WireTensor]) -> WireTensor:
+        """Rows of one hop, one after the other, in whichever codecs it chose for them."""
+        if len({part.codec for part in parts}) > 1:
+            parts = [await self._plain(part) for part in parts]
+        return join_rows(parts)
 
     async def _plain(self, rows: WireTensor) -> WireTensor:
         if rows.codec == RAW:

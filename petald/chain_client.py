@@ -9,6 +9,8 @@ seen its stream end, and so gives the session's room back.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import random
 import sys
@@ -17,8 +19,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 import trio
 
+from kernels.errors import KernelError
 from p2p.errors import P2PError, RemoteProtocolError
 from p2p.network import Network
 from p2p.rpc import MessageStream
@@ -49,6 +53,7 @@ from petald.errors import BadRequest, MissingBlocks, PetaldError, SessionLost, l
 from petald.history import HistoryStore
 from petald.lent_adapter import AdapterPart, LentAdapter
 from petald.log import get_logger
+from petald.message_codecs import MessageCodecs, may_come_as
 from petald.routing import Hop
 from petald.session import Session
 from petald.session_actions import (
@@ -69,8 +74,8 @@ from petald.session_actions import (
     StepResultRows,
     Waiting,
 )
-from petald.session_settings import Counts, SessionSettings
-from petald.tensors import check_rows, off_loop
+from petald.session_settings import Counts, Replay, SessionSettings
+from petald.tensors import check_rows, check_wire, off_loop
 
 log = get_logger(__name__)
 
@@ -178,7 +183,8 @@ class ChainSession:
         max_tokens: the most that the session will have cached.
         codec: in which hops write their outputs.
         max_wait_s: how long to wait where nobody can run some blocks.
-        is_replay_exact: as for `petald.session_settings.SessionSettings`.
+        replay: as for `petald.session_settings.SessionSettings`.
+        codecs: encode what the app sends.
         prefers_hand_over: as for `petald.session_settings.SessionSettings`.
         adapter: with which the blocks are run; it covers all of them, and is lent to the hops.
         hosted: tells the name of an adapter that the chosen hops host themselves; none for none.
@@ -195,14 +201,16 @@ class ChainSession:
         max_tokens: int,
         codec: str = RAW,
         max_wait_s: float = 0.0,
-        is_replay_exact: bool = False,
+        replay: Replay = Replay.FAST,
+        codecs: MessageCodecs | None = None,
         prefers_hand_over: Callable[[Hop, Hop, int], bool] = lambda old, new, tokens: False,
         adapter: LentAdapter | None = None,
         hosted: Callable[[], str | None] = lambda: None,
         on_news: News = lambda news: None,
     ) -> None:
         self.max_tokens = max_tokens
-        self.codec = codec
+        self._codec = codec
+        self._codecs = codecs or MessageCodecs(network)
         self.on_news = on_news
         self.times_lent = 0
         self._adapter = adapter
@@ -216,7 +224,7 @@ class ChainSession:
                 max_tokens=max_tokens,
                 make_history=histories.open,
                 max_wait_s=max_wait_s,
-                is_replay_exact=is_replay_exact,
+                replay=replay,
                 prefers_hand_over=prefers_hand_over,
             )
         )
@@ -280,6 +288,20 @@ class ChainSession:
         with trio.CancelScope(shield=True):
             await self._has_ended.wait()
 
+    async def encode(self, hidden_SD: torch.Tensor) -> WireTensor:
+        """Rows as they go to the first hop, for `run_step`.
+
+        Raises:
+            BadRequest: they hold numbers that are not finite, or that the codec cannot write.
+        """
+        try:
+            to = [hop.peer for hop in self.chain[:1]]
+            hidden = await self._codecs.encode(hidden_SD, self._codec, to=to)
+            await self._check_numbers(hidden, max_tokens=sys.maxsize)
+        except (KernelError, RemoteProtocolError) as error:
+            raise BadRequest(str(error)) from error
+        return hidden
+
     async def run_step(
         self,
         hidden: WireTensor,
@@ -291,7 +313,7 @@ class ChainSession:
         """Runs one step through the chain, whatever becomes of its hops.
 
         Args:
-            hidden: ``[tokens, hidden]``, at most `max_step_tokens` tokens.
+            hidden: ``[tokens, hidden]``, at most `max_step_tokens` tokens, made by `encode`.
             position: of the first token; the caches are cut back to it.
             wanted: which rows of the output to bring back.
             meanwhile: awaited while the step is on its way.
@@ -299,7 +321,7 @@ class ChainSession:
         Raises:
             SessionLost, MissingBlocks, HopFailed: the session is lost; so it is where what was
                 sent cannot be kept.
-            BadRequest: the step does not follow the ones before, or is no finite hidden states.
+            BadRequest: the step does not follow the ones before, or is no hidden states.
 
         Cancellation: the step is taken back, and those after it; the session can be used on.
         """
@@ -528,7 +550,7 @@ class ChainSession:
                 end=line.at.end,
                 max_tokens=self.max_tokens,
                 previous=action.previous,
-                codec=self.codec,
+                codec=self._codec,
                 cache_from=action.cache_from,
                 adapter=None if part is None else part.digest,
                 hosted=self._hosted(),
@@ -561,6 +583,8 @@ class ChainSession:
     async def _read(self, line: _Line, messages: MessageStream) -> None:
         """Takes what one hop has to say, until its stream ends."""
         while (received := await messages.receive()) is not None:
+            if isinstance(received, StepOutput | StepResult) and received.hidden is not None:
+                await self._check_rows(received.hidden)
             try:
                 actions = self._take(line, received, trio.current_time())
             except SessionLost as error:
@@ -571,14 +595,11 @@ class ChainSession:
     def _take(self, line: _Line, received: Message, now: float) -> Sequence[Action]:
         machine = self._machine
         if isinstance(received, StepOutput):
-            self._check_rows(received.hidden)
             line.dtype = line.dtype or received.hidden.dtype
-            if (received.hidden.dtype, received.hidden.codec) != (line.dtype, self.codec):
+            if received.hidden.dtype != line.dtype:
                 raise RemoteProtocolError("it changes how it writes its outputs")
             return machine.on_output(line.id, received.number, received.hidden, now)
         if isinstance(received, StepResult):
-            if received.hidden is not None:
-                self._check_rows(received.hidden)
             return machine.on_result(line.id, received.number, received.hidden, received.times, now)
         if isinstance(received, LinkDone):
             return machine.on_link_done(line.id, received.request, now)
@@ -597,12 +618,22 @@ class ChainSession:
 
     def _check_own(self, hidden: WireTensor) -> None:
         try:
-            check_rows(hidden, hidden_size=self._model.hidden_size, max_tokens=sys.maxsize)
+            check_wire(hidden, hidden_size=self._model.hidden_size, max_tokens=sys.maxsize)
         except RemoteProtocolError as error:
             raise BadRequest(str(error)) from error
 
-    def _check_rows(self, hidden: WireTensor) -> None:
-        check_rows(hidden, hidden_size=self._model.hidden_size, max_tokens=self.max_tokens)
+    async def _check_rows(self, hidden: WireTensor) -> None:
+        if not may_come_as(hidden.codec, self._codec):
+            raise RemoteProtocolError(
+                f"it wrote its outputs as {hidden.codec[:32]!r}; {self._codec} was asked for"
+            )
+        await self._check_numbers(hidden, max_tokens=self.max_tokens)
+
+    async def _check_numbers(self, hidden: WireTensor, *, max_tokens: int) -> None:
+        check = functools.partial(
+            check_rows, hidden, hidden_size=self._model.hidden_size, max_tokens=max_tokens
+        )
+        await off_loop(check, size_bytes=4 * math.prod(hidden.shape))
 
     def _on_failed(self, line: _Line, code: str, text: str, retry_after_s: float = 0.0) -> None:
         log.debug("hop lost", peer=line.at.peer, code=code, reason=text)

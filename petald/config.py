@@ -22,8 +22,12 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+from kernels.codec_names import CODEC_NAMES, CODECS
+from kernels.weight_formats import WEIGHT_FORMATS
 from p2p.addresses import BadAddress, parse_address
 from p2p.wire.socket_path import SocketPathTooLong, check_socket_path, listen_socket_path
+from p2p.wire.tensor import RAW
+from petald.codec_choice import AUTO, UNASKED_CODECS
 from petald.errors import ConfigError
 from petald.placement import parse_blocks
 
@@ -240,10 +244,26 @@ class ServeConfig:
         metavar="START:END",
     )
     dtype: str = _setting(
-        "auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on a CPU.",
+        "auto, float32, bfloat16 or float16. auto: float32 on a CPU, unless weights are quantised; "
+        "bfloat16 otherwise.",
         default="auto",
         check=_DTYPES,
         metavar="DTYPE",
+    )
+    codec: str = _setting(
+        "How outputs are written where the job leaves it to this server: auto, what is quickest "
+        "over the link, or always the same.",
+        default=AUTO,
+        check=_one_of(AUTO, *UNASKED_CODECS),
+        metavar="CODEC",
+    )
+    quant: str = _setting(
+        "How weights are kept: "
+        + "; ".join(f"{name}, {text}" for name, text in WEIGHT_FORMATS.items())
+        + ".",
+        default="none",
+        check=_one_of(*WEIGHT_FORMATS),
+        metavar="FORMAT",
     )
     device: str = _setting(
         "auto, cpu, cuda, or one device, say cuda:1.",
@@ -335,16 +355,24 @@ class RouteConfig:
         metavar="DTYPE",
     )
     codec: str = _setting(
-        "How hidden states are written on the wire: raw, or int8, which takes a quarter of the "
-        "bytes of float32 and loses some precision.",
-        default="raw",
-        check=_one_of("raw", "int8"),
+        "How hidden states are written on the wire: auto, or one codec for all of them. auto: each "
+        "peer that sends some chooses raw or int8, by what its link carries. The codecs: "
+        + "; ".join(f"{name}, {text}" for name, text in CODECS.items())
+        + ".",
+        default=AUTO,
+        check=_one_of(AUTO, *CODEC_NAMES),
+        metavar="CODEC",
+    )
+    gradient_codec: str = _setting(
+        "The same for gradients of hidden states, in training.",
+        default=RAW,
+        check=_one_of(AUTO, *CODEC_NAMES),
         metavar="CODEC",
     )
     replay: str = _setting(
         "How a server that fails is replaced: fast, in long pieces, which differ in the last bits "
         "from what was lost; exact, step by step as it was computed first, to the same bits on a "
-        "like machine, which takes several times as long; or auto: exact where the codec loses "
+        "like machine, which takes several times as long; or auto: exact where a codec loses "
         "precision, since that makes a whole step of a last bit.",
         default="auto",
         check=_one_of("auto", "exact", "fast"),

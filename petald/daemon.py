@@ -13,6 +13,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import torch
 import trio
 
 from p2p.directory import Directory
@@ -20,6 +21,7 @@ from p2p.identity import load_or_create_identity
 from p2p.libp2p_network import open_libp2p_network
 from p2p.wire.control_messages import Drain, Drained, Generate
 from petald.announcer import Announcer
+from petald.codec_choice import CodecCost
 from petald.config import Config
 from petald.control import Jobs, Send, open_control_socket, serve_control
 from petald.devices import parse_device, parse_dtype
@@ -30,11 +32,13 @@ from petald.hidden_sessions import HiddenSessions
 from petald.job_adapter import AdapterFolders
 from petald.local_model import LocalModels
 from petald.log import get_logger
+from petald.message_codecs import MessageCodecs
 from petald.notify import notify_ready, notify_stopping
 from petald.pass_link import PassLinks
 from petald.reports import Reporter
 from petald.router import MEASURE_PERIOD_S, Router
 from petald.serving import Serving, load_serving
+from petald.throughput import measure_codecs
 from petald.training_jobs import TrainingJobs
 
 log = get_logger(__name__)
@@ -59,6 +63,14 @@ async def run_daemon(config: Config) -> None:
     log.info("stopped")
 
 
+def _measure_codecs(config: Config) -> dict[str, dict[str, CodecCost]]:
+    """What codecs cost where this daemon has hidden states, by the kind of device."""
+    devices = {"cpu"}
+    if config.serve.model:
+        devices.add(parse_device(config.serve.device).type)
+    return {name: measure_codecs(torch.device(name)) for name in devices}
+
+
 async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
     identity = load_or_create_identity(config.daemon.state_dir / "identity.key")
     rng = random.Random()
@@ -75,7 +87,8 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
         trio.open_nursery() as nursery,
     ):
         directory = Directory(network)
-        router = Router(network, directory, config.route)
+        costs = await trio.to_thread.run_sync(_measure_codecs, config)
+        router = Router(network, directory, config.route, codecs=MessageCodecs(network, costs))
         models = LocalModels(
             config.route.models,
             dtype=parse_dtype(config.route.dtype, parse_device("cpu")),
@@ -84,7 +97,12 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
         serving: Serving | None = None
         if config.serve.model:
             serving = await load_serving(
-                config.serve, network=network, router=router, executor=device_executor, rng=rng
+                config.serve,
+                network=network,
+                router=router,
+                codecs=MessageCodecs(network, costs, preferred=config.serve.codec),
+                executor=device_executor,
+                rng=rng,
             )
             announcer = Announcer(directory, serving.make_announcement, rng=rng)
             await nursery.start(announcer.run)

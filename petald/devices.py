@@ -25,10 +25,14 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def parse_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+def parse_dtype(name: str, device: torch.device, *, quant: str = "none") -> torch.dtype:
+    """The dtype of a name; ``auto`` is bfloat16 on a GPU, and float32 on a CPU.
+
+    Quantised weights are multiplied in bfloat16 on a CPU too: that is what its kernels take.
+    """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        is_wide = device.type != "cuda" and quant == "none"
+        return torch.float32 if is_wide else torch.bfloat16
     return DTYPES[name]
 
 

@@ -40,7 +40,7 @@ from petald.router import Router
 from petald.scheduler import Priority
 from petald.session_actions import StepResultRows
 from petald.step_pieces import run_pieces
-from petald.tensors import from_wire, to_wire
+from petald.tensors import from_wire
 from petald.text_stream import TextStream
 
 KEPT_SESSION_SPARE_TOKENS = 2048
@@ -262,7 +262,7 @@ class GenerationJob:
             kept.session,
             start,
             end,
-            functools.partial(self._make_piece, kept.session.codec),
+            functools.partial(self._make_piece, kept.session),
             is_last_wanted=True,
             on_piece=tell_piece,
         )
@@ -270,7 +270,7 @@ class GenerationJob:
         kept.cached = list(self._prompt)
         return self._read_row(kept, results[-1])
 
-    async def _make_piece(self, codec: str, start: int, end: int) -> WireTensor:
+    async def _make_piece(self, session: ChainSession, start: int, end: int) -> WireTensor:
         """Some rows of the soft prompt and the prompt, for the wire."""
         before = self._adapter.prompt_rows
         ids = self._prompt[max(0, start - before) : max(0, end - before)]
@@ -281,7 +281,7 @@ class GenerationJob:
             parts.append(
                 await self._executor.run(self._model.embed, ids, priority=Priority.PREFILL)
             )
-        return to_wire(parts[0] if len(parts) == 1 else torch.cat(parts), codec)
+        return await session.encode(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     async def _decode(
         self, kept: KeptSession, token: int, hidden_SD: torch.Tensor, news: Generated
@@ -291,7 +291,7 @@ class GenerationJob:
         The app is told of the token while the step is on its way.
         """
         result = await kept.session.run_step(
-            to_wire(hidden_SD, kept.session.codec),
+            await kept.session.encode(hidden_SD),
             position=self._adapter.prompt_rows + len(kept.cached),
             wanted=Wanted.LAST,
             meanwhile=functools.partial(self._send, news),

@@ -156,9 +156,8 @@ async def _run_step(request: RunHiddenStep, state: HiddenState) -> HiddenStepDon
         rows_SD = await off_loop(_read_rows, request.hidden, hidden_size, size_bytes=size_bytes)
 
         async def make_piece(start: int, end: int) -> WireTensor:
-            await trio.lowlevel.checkpoint()
             rows = slice(start - request.position, end - request.position)
-            return to_wire(rows_SD[rows], session.codec)
+            return await session.encode(rows_SD[rows])
 
         results = await run_pieces(
             session,

@@ -84,6 +84,7 @@ class LinkKey:
         start: first block.
         end: the block after the last one.
         codec: of forward's outputs.
+        gradient_codec: of backward's.
         hosted: the name of an adapter of the server's own; none for none.
     """
 
@@ -92,6 +93,7 @@ class LinkKey:
     start: int
     end: int
     codec: str
+    gradient_codec: str
     hosted: str | None
 
 
@@ -341,7 +343,12 @@ class PassLink:
         key = self.key
         await messages.send(
             OpenPass(
-                model=key.model, start=key.start, end=key.end, codec=key.codec, hosted=key.hosted
+                model=key.model,
+                start=key.start,
+                end=key.end,
+                codec=key.codec,
+                gradient_codec=key.gradient_codec,
+                hosted=key.hosted,
             )
         )
         reply = await messages.receive()

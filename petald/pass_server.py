@@ -15,7 +15,6 @@ import torch
 import trio
 
 from kernels.adapter import SpanAdapter
-from kernels.codecs import CODEC_NAMES
 from kernels.errors import KernelError
 from kernels.span_pass import PassGradients, PassWork
 from p2p.errors import P2PError, RemoteProtocolError
@@ -42,13 +41,14 @@ from p2p.wire.pass_messages import (
 )
 from p2p.wire.replies import Refusal
 from p2p.wire.session_messages import HopTime
-from p2p.wire.tensor import RAW, WireTensor
+from p2p.wire.tensor import WireTensor
 from petald.adapter_store import AdapterStore, adapter_rows
 from petald.config import ServeConfig
 from petald.errors import PetaldError, leaves
 from petald.hosted_passes import HostedPasses, PassTime
 from petald.lively_stream import LivelyStream
 from petald.log import get_logger, log_context
+from petald.message_codecs import KNOWN_CODECS, MessageCodecs
 from petald.tensors import all_finite, from_wire, mask_from_wire, off_loop, to_wire
 
 log = get_logger(__name__)
@@ -103,6 +103,7 @@ class PassServer:
         fingerprint: of the span's model.
         config: limits.
         is_draining: whether this server is leaving.
+        codecs: encode what is sent.
     """
 
     def __init__(
@@ -114,8 +115,10 @@ class PassServer:
         fingerprint: bytes,
         config: ServeConfig,
         is_draining: Callable[[], bool] = lambda: False,
+        codecs: MessageCodecs | None = None,
     ) -> None:
         self._network = network
+        self._codecs = codecs or MessageCodecs(network)
         self._passes = passes
         self._adapters = adapters
         self._fingerprint = fingerprint
@@ -185,9 +188,9 @@ class PassServer:
                 f"blocks {request.start}:{request.end} were asked for; "
                 f"this server hosts {span.start}:{span.end}",
             )
-        if request.codec not in CODEC_NAMES:
+        if not {request.codec, request.gradient_codec} <= set(KNOWN_CODECS):
             raise _RefusedPass(
-                "unknown_codec", f"this server knows the codecs {', '.join(CODEC_NAMES)}"
+                "unknown_codec", f"this server knows the codecs {', '.join(KNOWN_CODECS)}"
             )
         hosted: tuple[SpanAdapter, ...] = ()
         if request.hosted is not None:
@@ -269,9 +272,8 @@ class PassServer:
         output_BSD, spent = await self._passes.run_forward(
             partial(self._read_work, opened, request), peer=opened.client.remote_peer
         )
-        hidden = await off_loop(
-            _encode_rows, output_BSD, opened.request.codec, size_bytes=output_BSD.nbytes
-        )
+        codec = self._choose_codec(opened, output_BSD, opened.request.codec)
+        hidden = await off_loop(_encode_rows, output_BSD, codec, size_bytes=output_BSD.nbytes)
         return ForwardResult(number=request.number, hidden=hidden, time=_hop_time(spent))
 
     async def _backward(self, opened: _PassStream, request: RunBackward) -> Message:
@@ -290,8 +292,9 @@ class PassServer:
         gradients, spent = await self._passes.run_backward(
             read_work, peer=opened.client.remote_peer
         )
+        codec = self._choose_codec(opened, gradients.hidden_BSD, opened.request.gradient_codec)
         gradient, of_adapter = await off_loop(
-            _encode_gradients, gradients, size_bytes=gradients.hidden_BSD.nbytes
+            _encode_gradients, gradients, codec, size_bytes=gradients.hidden_BSD.nbytes
         )
         return BackwardResult(
             number=request.number,
@@ -299,6 +302,10 @@ class PassServer:
             adapter_gradient=of_adapter,
             time=_hop_time(spent),
         )
+
+    def _choose_codec(self, opened: _PassStream, rows_BSD: torch.Tensor, asked: str) -> str:
+        client = opened.client.remote_peer
+        return self._codecs.choose(rows_BSD.flatten(0, 1), asked, to=[client])
 
     async def _read_work(self, opened: _PassStream, request: RunForward | RunBackward) -> PassWork:
         sequences, tokens = request.sequences, request.tokens
@@ -350,8 +357,8 @@ def _encode_rows(output_BSD: torch.Tensor, codec: str) -> WireTensor:
     return to_wire(output_BSD.flatten(0, 1), codec)
 
 
-def _encode_gradients(gradients: PassGradients) -> tuple[WireTensor, WireTensor | None]:
-    hidden = _encode_rows(gradients.hidden_BSD, RAW)
+def _encode_gradients(gradients: PassGradients, codec: str) -> tuple[WireTensor, WireTensor | None]:
+    hidden = _encode_rows(gradients.hidden_BSD, codec)
     if gradients.adapter_LE is None:
         return hidden, None
     if not all_finite(gradients.adapter_LE):

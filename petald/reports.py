@@ -121,6 +121,7 @@ def _server_status(server: Server) -> ServerStatus:
         state=said.state,
         dtype=said.dtype,
         quant=said.quant,
+        codec=said.codec,
         steps_per_s=1e3 / said.step_ms if said.step_ms > 0 else 0.0,
         free_cache_tokens=said.free_cache_tokens,
         cache_tokens=said.cache_tokens,

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from kernels.codecs import find_codec
 from p2p.directory import Directory
 from p2p.errors import P2PError, RemoteProtocolError
 from p2p.network import Network, PeerAddress
+from p2p.wire.tensor import RAW
 from petald.announcer import TTL_S
 from petald.chain_client import ChainModel, ChainSession, News
+from petald.codec_choice import AUTO
 from petald.config import RouteConfig
 from petald.coverage import find_hosted
 from petald.errors import BadRequest, MissingBlocks, PetaldError
@@ -27,9 +28,11 @@ from petald.known_servers import Heard, KnownServers
 from petald.lent_adapter import LentAdapter
 from petald.local_model import ModelIdentity
 from petald.log import get_logger
+from petald.message_codecs import MessageCodecs
 from petald.rebuild_cost import RebuildCost
 from petald.routing import UNKNOWN_ROUND_TRIP_S, Hop, chain_cost_s, choose_chain, should_move
 from petald.session_actions import NeedChain
+from petald.session_settings import Replay
 from petald.swarm import Announcement, Server, SwarmView, directory_key, make_view
 
 log = get_logger(__name__)
@@ -85,10 +88,19 @@ class Router:
         network: the way to the servers.
         directory: where they announce themselves.
         config: how sessions are to be run.
+        codecs: encode what is sent.
     """
 
-    def __init__(self, network: Network, directory: Directory, config: RouteConfig) -> None:
+    def __init__(
+        self,
+        network: Network,
+        directory: Directory,
+        config: RouteConfig,
+        *,
+        codecs: MessageCodecs | None = None,
+    ) -> None:
         self._network = network
+        self._codecs = codecs or MessageCodecs(network)
         self._directory = directory
         self._config = config
         self._histories = HistoryStore(limit_bytes=config.history_bytes)
@@ -99,10 +111,10 @@ class Router:
         self._announced: dict[str, int] = {}
 
     @property
-    def is_replay_exact(self) -> bool:
-        """Whether a hop is rebuilt to the same bits, as configured."""
+    def is_replay_slow(self) -> bool:
+        """Whether a hop is rebuilt step by step, as far as the configuration tells."""
         kind, codec = self._config.replay, self._config.codec
-        return kind == "exact" or (kind == "auto" and find_codec(codec).is_lossy)
+        return kind == "exact" or (kind == "auto" and codec not in (AUTO, RAW))
 
     async def read_view(self, model: ModelIdentity, *, max_age_s: float = VIEW_AGE_S) -> SwarmView:
         """The swarm view of a model, at most so old."""
@@ -149,6 +161,16 @@ class Router:
     def codec(self) -> str:
         """In which hidden states travel, as configured."""
         return self._config.codec
+
+    @property
+    def gradient_codec(self) -> str:
+        """In which gradients of hidden states travel, as configured."""
+        return self._config.gradient_codec
+
+    @property
+    def codecs(self) -> MessageCodecs:
+        """Encode what is sent."""
+        return self._codecs
 
     @property
     def histories(self) -> HistoryStore:
@@ -209,7 +231,8 @@ class Router:
             max_tokens=max_tokens,
             codec=self._config.codec,
             max_wait_s=max_wait_s,
-            is_replay_exact=self.is_replay_exact,
+            replay=Replay(self._config.replay),
+            codecs=self._codecs,
             prefers_hand_over=chooser.prefers_hand_over,
             adapter=adapter,
             hosted=lambda: chooser.hosted,
@@ -420,7 +443,7 @@ class _ModelChooser:
         config = self._model.config
         position = view.columns.position.get(new.peer)
         blocks = new.end - new.start
-        block_s = view.columns.block_s if self._router.is_replay_exact else view.columns.token_s
+        block_s = view.columns.block_s if self._router.is_replay_slow else view.columns.token_s
         trips = [self._router.round_trip_s(hop.peer) for hop in (old, new)]
         return RebuildCost(
             token_s=0.0 if position is None else float(block_s[position]) * blocks,

@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import trio
@@ -44,6 +45,7 @@ from p2p.wire.session_messages import (
     StepResult,
     Wanted,
 )
+from p2p.wire.tensor import WireTensor
 from petald.cache_transfer import TRANSFER_DEADLINE_S, receive_cache, send_cache
 from petald.errors import PetaldError
 from petald.executor import Timed
@@ -51,7 +53,8 @@ from petald.hop_session import HopSession, PassOver, RepeatOutput
 from petald.hosted_cache import HostedCache
 from petald.hosted_span import HostedSpan
 from petald.log import get_logger
-from petald.tensors import from_wire, to_wire
+from petald.message_codecs import MessageCodecs
+from petald.tensors import from_wire, off_loop
 
 log = get_logger(__name__)
 
@@ -80,6 +83,23 @@ CODE_HAND_OVER_FAILED = "hand_over_failed"
 
 
 @dataclass(frozen=True, slots=True)
+class _Output:
+    """What came of a step, as it goes out; whoever wants it again gets the same bytes.
+
+    Attributes:
+        step: of which it is.
+        hidden: encoded; none where no rows are wanted.
+        is_result: the step ends here, and the rows go to the client alone.
+        times: of the hops passed.
+    """
+
+    step: Step
+    hidden: WireTensor | None
+    is_result: bool
+    times: tuple[HopTime, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Pushed:
     """A step in the inbox that the hop before pushed."""
 
@@ -96,6 +116,7 @@ class ServedSession:
         cache: the session's, owned by this object's maker.
         network: to reach the next hop.
         hosted: the span.
+        codecs: encode its outputs.
         max_step_tokens: the longest step to take.
     """
 
@@ -107,6 +128,7 @@ class ServedSession:
         *,
         network: Network,
         hosted: HostedSpan,
+        codecs: MessageCodecs,
         max_step_tokens: int,
     ) -> None:
         self.request = request
@@ -118,6 +140,7 @@ class ServedSession:
         self.is_busy = False
         self._network = network
         self._hosted = hosted
+        self._codecs = codecs
         self._inbox_in, self._inbox_out = trio.open_memory_channel[Message | _Pushed](INBOX_STEPS)
         self._received = 0
         self._pushed = 0
@@ -133,7 +156,7 @@ class ServedSession:
         self._previous_stream: MessageStream | None = None
         self._linking: trio.CancelScope | None = None
         self._is_handing_over = False
-        self._last_output: tuple[Step, torch.Tensor, tuple[HopTime, ...]] | None = None
+        self._last_output: _Output | None = None
 
     async def run(self) -> None:
         """Serves until the client ends the session, or does nothing for long.
@@ -382,10 +405,10 @@ class ServedSession:
             return
         if output is not None:
             self._last_output = output
-            await self._send_on(*output)
+            await self._send_on(output)
 
-    async def _do_step(self, step: Step) -> tuple[Step, torch.Tensor, tuple[HopTime, ...]] | None:
-        """Runs a step; gives it with its output and times, if anything is to be sent on."""
+    async def _do_step(self, step: Step) -> _Output | None:
+        """Runs a step; gives what is to be sent on, if anything."""
         shape = step.hidden.shape
         decision = self.state.on_step(
             number=step.number, position=step.position, tokens=shape[0] if shape else 0
@@ -394,15 +417,18 @@ class ServedSession:
             return None
         if isinstance(decision, RepeatOutput):
             return self._last_output
-        span = self._hosted.span
-        hidden_SD = from_wire(
-            step.hidden,
-            hidden_size=span.config.hidden_size,
-            max_tokens=self.state.max_step_tokens,
-            dtype=span.dtype,
-            device=span.device,
+        span, previous = self._hosted.span, self.previous
+        hidden_SD = await off_loop(
+            partial(
+                from_wire,
+                step.hidden,
+                hidden_size=span.config.hidden_size,
+                max_tokens=self.state.max_step_tokens,
+                dtype=span.dtype,
+                device=span.device,
+            ),
+            size_bytes=4 * math.prod(shape),
         )
-        previous = self.previous
         with self._truncated_on_failure(decision.truncate_to):
             timed = await self._hosted.run_step(
                 self.cache,
@@ -415,7 +441,22 @@ class ServedSession:
         self.state.on_done(number=step.number, position=step.position, tokens=hidden_SD.shape[0])
         if self.previous != previous:  # meanwhile: the step may have been the other one's
             self.state.on_new_previous()
-        return step, timed.value, _add_time(step, timed)
+        return await self._make_output(step, timed.value, _add_time(step, timed))
+
+    async def _make_output(
+        self, step: Step, output_SD: torch.Tensor, times: tuple[HopTime, ...]
+    ) -> _Output:
+        client = self.client.remote_peer
+        asked = self.request.codec
+        if self.request.end not in (step.until, self._hosted.span.config.num_blocks):
+            to = [client] if self._next_peer is None else [self._next_peer, client]
+            hidden = await self._codecs.encode(output_SD, asked, to=to)
+            return _Output(step, hidden, is_result=False, times=times)
+        if step.wanted == Wanted.NONE:
+            return _Output(step, None, is_result=True, times=times)
+        rows_SD = output_SD if step.wanted == Wanted.ALL else output_SD[-1:]
+        hidden = await self._codecs.encode(rows_SD, asked, to=[client])
+        return _Output(step, hidden, is_result=True, times=times)
 
     @contextlib.contextmanager
     def _truncated_on_failure(self, position: int) -> Iterator[None]:
@@ -425,17 +466,12 @@ class ServedSession:
             self.state.on_truncated(position)
             raise
 
-    async def _send_on(
-        self, step: Step, output_SD: torch.Tensor, times: tuple[HopTime, ...]
-    ) -> None:
-        codec = self.request.codec
-        end = self.request.end
-        if end in (step.until, self._hosted.span.config.num_blocks):
-            rows_SD = output_SD if step.wanted == Wanted.ALL else output_SD[-1:]
-            hidden = None if step.wanted == Wanted.NONE else to_wire(rows_SD, codec)
-            await self._tell(StepResult(number=step.number, hidden=hidden, times=times))
+    async def _send_on(self, output: _Output) -> None:
+        step, hidden = output.step, output.hidden
+        if output.is_result or hidden is None:
+            result = StepResult(number=step.number, hidden=hidden, times=output.times)
+            await self._tell(result)
             return
-        hidden = to_wire(output_SD, codec)
         try:
             if self._next_stream is None:
                 raise _NoLink("the link to the next hop was never made, or is gone")
@@ -446,7 +482,7 @@ class ServedSession:
                     hidden=hidden,
                     wanted=step.wanted,
                     until=step.until,
-                    times=times,
+                    times=output.times,
                 )
             )
         except (P2PError, _NoLink) as error:

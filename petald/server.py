@@ -10,7 +10,6 @@ from __future__ import annotations
 import trio
 
 from kernels.adapter import SpanAdapter
-from kernels.codecs import CODEC_NAMES
 from kernels.errors import CacheFull
 from p2p.errors import P2PError
 from p2p.network import Network, Stream
@@ -32,6 +31,7 @@ from petald.config import ServeConfig
 from petald.errors import PetaldError, leaves
 from petald.hosted_span import HostedSpan
 from petald.log import get_logger, log_context
+from petald.message_codecs import KNOWN_CODECS, MessageCodecs
 from petald.served_session import ServedSession
 
 log = get_logger(__name__)
@@ -69,6 +69,7 @@ class Server:
         fingerprint: of the span's model.
         config: limits.
         adapters: that clients lend, and that this server hosts; none by default.
+        codecs: encode what is sent.
     """
 
     def __init__(
@@ -79,9 +80,11 @@ class Server:
         fingerprint: bytes,
         config: ServeConfig,
         adapters: AdapterStore | None = None,
+        codecs: MessageCodecs | None = None,
     ) -> None:
         self._network = network
         self._hosted = hosted
+        self._codecs = codecs or MessageCodecs(network)
         self.adapters = adapters or AdapterStore(hosted.span, limit_bytes=0, max_adapter_bytes=0)
         self._fingerprint = fingerprint
         self._config = config
@@ -195,6 +198,7 @@ class Server:
             cache,
             network=self._network,
             hosted=self._hosted,
+            codecs=self._codecs,
             max_step_tokens=self._config.max_step_tokens,
         )
         self._sessions[request.session] = session
@@ -216,9 +220,9 @@ class Server:
             raise _RefusedSession("bad_request", "a session needs room for at least one token")
         if request.session in self._sessions or request.session in self._opening:
             raise _RefusedSession("bad_request", "a session of this id is open here already")
-        if request.codec not in CODEC_NAMES:
+        if request.codec not in KNOWN_CODECS:
             raise _RefusedSession(
-                "unknown_codec", f"this server knows the codecs {', '.join(CODEC_NAMES)}"
+                "unknown_codec", f"this server knows the codecs {', '.join(KNOWN_CODECS)}"
             )
         most = self._config.max_sessions
         taken = len(self._sessions) + len(self._opening)

@@ -16,6 +16,7 @@ from kernels.kv_cache import CacheArena
 from kernels.span import Span, load_span
 from p2p.network import Network
 from petald.adapter_store import AdapterStore
+from petald.codec_choice import AUTO
 from petald.config import ServeConfig
 from petald.devices import dtype_name, free_memory_bytes, parse_device, parse_dtype
 from petald.errors import ConfigError
@@ -25,6 +26,7 @@ from petald.hosted_passes import HostedPasses
 from petald.hosted_span import HostedSpan
 from petald.local_model import ModelIdentity, identify_model
 from petald.log import get_logger
+from petald.message_codecs import MessageCodecs
 from petald.notify import notify_status
 from petald.pass_server import PassServer
 from petald.placement import MEMORY_SHARE, choose_span, count_fitting_blocks, parse_blocks
@@ -46,6 +48,8 @@ class Serving:
         step_ms: of a decode step through the span, measured at the start; announced until real
             steps tell better.
         next_hops: the peers to which round trips are announced.
+        quant: the weight format.
+        codec: in which outputs are written where a job leaves it to this server.
         adapter_names: full names of the adapters that are hosted.
     """
 
@@ -55,6 +59,8 @@ class Serving:
     pass_server: PassServer
     network: Network
     step_ms: float
+    quant: str = "none"
+    codec: str = AUTO
     next_hops: list[str] = field(default_factory=list)
     adapter_names: tuple[str, ...] = ()
 
@@ -81,6 +87,8 @@ class Serving:
             cache_tokens=arena.capacity_tokens,
             free_cache_tokens=arena.free_tokens,
             dtype=dtype_name(span.dtype),
+            quant=self.quant,
+            codec=self.codec,
             version=VERSION,
             addresses=self.network.addresses[:16],
             adapters=self.adapter_names,
@@ -113,6 +121,7 @@ async def load_serving(
     *,
     network: Network,
     router: Router,
+    codecs: MessageCodecs,
     executor: Executor,
     rng: random.Random,
 ) -> Serving:
@@ -148,7 +157,12 @@ async def load_serving(
         max_adapter_bytes=config.max_adapter_bytes,
     )
     server = Server(
-        network, hosted, fingerprint=identity.fingerprint, config=config, adapters=store
+        network,
+        hosted,
+        fingerprint=identity.fingerprint,
+        config=config,
+        adapters=store,
+        codecs=codecs,
     )
     server.start()
     pass_server = PassServer(
@@ -158,6 +172,7 @@ async def load_serving(
         fingerprint=identity.fingerprint,
         config=config,
         is_draining=lambda: server.is_draining,
+        codecs=codecs,
     )
     pass_server.start()
     return Serving(
@@ -167,6 +182,8 @@ async def load_serving(
         pass_server=pass_server,
         network=network,
         step_ms=step_ms,
+        quant=config.quant,
+        codec=config.codec,
         adapter_names=tuple(adapter.full_name for adapter in own),
     )
 
@@ -186,7 +203,7 @@ async def _load(
             Checkpoint(identity.folder),
             start,
             end,
-            dtype=parse_dtype(config.dtype, device),
+            dtype=parse_dtype(config.dtype, device, quant=config.quant),
             device=device,
             on_block=on_block,
         )
@@ -229,7 +246,7 @@ async def _choose_blocks(
             )
         return start, end
     device = parse_device(config.device)
-    dtype = parse_dtype(config.dtype, device)
+    dtype = parse_dtype(config.dtype, device, quant=config.quant)
     memory_bytes = config.memory_bytes or int(free_memory_bytes(device) * MEMORY_SHARE)
     checkpoint = Checkpoint(identity.folder)
     cache_bytes = CacheArena.bytes_per_block(

@@ -98,7 +98,7 @@ class Session:
         self._chain: list[HopRecord] = []
         self._builds: list[Build] = []
         self._records: dict[int, HopRecord] = {}
-        self._flow = Flow(settings.make_history, is_replay_exact=settings.is_replay_exact)
+        self._flow = Flow(settings.make_history, replay=settings.replay)
         self._is_running = False
         self._has_ended = False
         self._halted_at = 0.0

@@ -22,10 +22,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from p2p.wire.session_messages import Wanted
-from p2p.wire.tensor import WireTensor
+from p2p.wire.tensor import RAW, WireTensor
 from petald.session_actions import History, SendStep
 from petald.session_build import Build
 from petald.session_hop import HopRecord, HopState
+from petald.session_settings import Replay
 
 MAX_IN_FLIGHT = 8
 """Steps of one route under way: more than most chains have hops, so that none waits idle. A
@@ -95,16 +96,16 @@ class Flow:
 
     Args:
         make_history: a new, empty history.
-        is_replay_exact: rows are sent again in the steps in which they were submitted.
+        replay: whether rows are sent again in the steps in which they were submitted.
 
     Attributes:
         histories: for each border of the chain, by the block after it, the rows that crossed it;
             those before block 0 are what was submitted.
     """
 
-    def __init__(self, make_history: Callable[[], History], *, is_replay_exact: bool) -> None:
+    def __init__(self, make_history: Callable[[], History], *, replay: Replay) -> None:
         self.histories: dict[int, History] = {0: make_history()}
-        self._is_replay_exact = is_replay_exact
+        self._replay = replay
         self._starts = array("q")  # of the steps that were submitted, in order
         self._done_rows = 0
         self._pending: dict[int, Pending] = {}
@@ -139,6 +140,7 @@ class Flow:
 
     def submit(self, ticket: int, position: int, hidden: WireTensor, wanted: str) -> None:
         """Takes rows, at the end of those there are."""
+        self._note_codec(hidden)
         self.histories[0].append(hidden)
         self._starts.append(position)
         self._pending[ticket] = Pending(position, hidden.shape[0], wanted)
@@ -198,10 +200,14 @@ class Flow:
 
     def piece_end(self, position: int, end: int, max_step_tokens: int) -> int:
         """Where a piece ends that is sent again from a position on, if it goes no further."""
-        if not self._is_replay_exact:
+        if self._replay is not Replay.EXACT:
             return min(end, position + min(REPLAY_TOKENS, max_step_tokens))
         following = bisect_right(self._starts, position)
         return min(end, self._starts[following]) if following < len(self._starts) else end
+
+    def _note_codec(self, hidden: WireTensor) -> None:
+        if self._replay is Replay.AUTO and hidden.codec != RAW:
+            self._replay = Replay.EXACT
 
     def _drop(self, number: int) -> None:
         sent = self._sent.pop(number)
@@ -284,6 +290,7 @@ class Flow:
         histories = self.histories if sent.build is None else sent.build.histories
         history = histories[hop.at.end]
         if history.rows >= sent.position:  # else rows are missing before it, and it is of no use
+            self._note_codec(hidden)
             history.truncate(sent.position)
             history.append(hidden)
         self._note_progress(hop, sent, now)

@@ -102,6 +102,8 @@ class Announcement(Record):
         free_cache_tokens: what of it is promised to nobody.
         dtype: in which it computes.
         quant: its weight format.
+        codec: in which it writes its outputs where a job leaves that to it; ``auto``: in what is
+            quickest.
         version: of petald.
         queue_ms: mean time that a decode step lately waited for the device.
         prefill_ms: time for each token of a prefill through the whole span; zero where unknown.
@@ -118,6 +120,7 @@ class Announcement(Record):
     free_cache_tokens: Count
     dtype: Name
     quant: Name = "none"
+    codec: Name = "auto"
     version: Name = "0"
     addresses: Addresses = ()
     queue_ms: Milliseconds = 0.0

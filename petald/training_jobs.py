@@ -258,7 +258,9 @@ class TrainingJobs:
                 keeper=LaneKeeper(chooser, max_wait_s, teller.news.on_news),
                 links=self._links,
                 histories=self._router.histories,
+                codecs=self._router.codecs,
                 codec=self._router.codec,
+                gradient_codec=self._router.gradient_codec,
             )
             await teller.run(partial(batch.run_forward, rows, teller.send_rows))
             if request.is_kept:

@@ -149,6 +149,7 @@ class ServerStatus:
     state: Name
     dtype: Name
     quant: Name
+    codec: Name
     steps_per_s: Seconds
     free_cache_tokens: Count
     cache_tokens: Count

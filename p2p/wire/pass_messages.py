@@ -62,7 +62,9 @@ class OpenPass(Message):
         model: the fingerprint; a server of other weights refuses.
         start: first block, absolute.
         end: the block after the last one.
-        codec: in which forward's outputs are to be written; gradients are never compressed.
+        codec: in which forward's outputs are to be written; ``auto``: the sender chooses.
+        gradient_codec: in which backward's gradients of hidden states are, likewise; those of an
+            adapter's numbers are never compressed.
         hosted: the name of an adapter of the server's own that is part of the blocks.
     """
 
@@ -70,6 +72,7 @@ class OpenPass(Message):
     start: BlockNumber
     end: BlockNumber
     codec: Name = "raw"
+    gradient_codec: Name = "raw"
     hosted: Name | None = None
 
 

@@ -97,7 +97,8 @@ class OpenSession(Message):
         end: the block after the last one.
         max_tokens: the most tokens that this session will ever have cached.
         previous: the peer whose pushes are to be taken; none for the first hop.
-        codec: in which the hop is to write its outputs; it reads any that it knows.
+        codec: in which the hop is to write its outputs; ``auto``: it chooses for each, by what the
+            links carry. It reads any that it knows.
         cache_from: the peer that may hand its cache over to this hop.
         adapter: the digest of an adapter's part for these blocks, which was lent to the server
             (`p2p.wire.pass_messages.LendAdapter`); a server that does not have it any more refuses

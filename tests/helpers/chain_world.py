@@ -24,6 +24,7 @@ from petald.executor import Executor, open_executor
 from petald.history import HistoryStore
 from petald.hosted_passes import HostedPasses
 from petald.hosted_span import HostedSpan
+from petald.message_codecs import MessageCodecs
 from petald.pass_server import PassServer
 from petald.routing import Hop
 from petald.server import Server
@@ -79,6 +80,7 @@ class Swarm:
         self.client = hub.make_network("client")
         self.networks: list[MemoryNetwork] = []
         self.servers: list[Server] = []
+        self.codecs: list[MessageCodecs] = []
         self.hosted: list[HostedSpan] = []
         self.stores: list[AdapterStore] = []
         self.executors: list[Executor] = []
@@ -117,7 +119,10 @@ class Swarm:
             limit_bytes=config.adapter_bytes,
             max_adapter_bytes=config.max_adapter_bytes,
         )
-        server = Server(network, hosted, fingerprint=MODEL, config=config, adapters=store)
+        codecs = MessageCodecs(network, preferred=config.codec)
+        server = Server(
+            network, hosted, fingerprint=MODEL, config=config, adapters=store, codecs=codecs
+        )
         server.start()
         PassServer(
             network,
@@ -135,6 +140,7 @@ class Swarm:
         network.set_handler(PUSH_PROTOCOL, count)
         self.networks.append(network)
         self.servers.append(server)
+        self.codecs.append(codecs)
         self.hosted.append(hosted)
         self.stores.append(store)
         self.executors.append(executor)

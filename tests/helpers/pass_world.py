@@ -27,6 +27,7 @@ from petald.history import HistoryStore
 from petald.hosted_passes import HostedPasses
 from petald.lanes import LaneKeeper
 from petald.lent_adapter import LentAdapter
+from petald.message_codecs import MessageCodecs
 from petald.parallel_routing import ChainShare
 from petald.pass_link import PassLinks
 from petald.pass_server import PassServer
@@ -115,7 +116,9 @@ class PassWorld:
     def penalise(self, peer: str) -> None:
         self.penalised.append(peer)
 
-    def batch(self, form: BatchForm, *, codec: str = "raw") -> BatchPass:
+    def batch(
+        self, form: BatchForm, *, codec: str = "raw", gradient_codec: str = "raw"
+    ) -> BatchPass:
         model: Any = SimpleNamespace(fingerprint=MODEL, config=self.checkpoint.config)
         return BatchPass(
             form,
@@ -123,7 +126,9 @@ class PassWorld:
             keeper=LaneKeeper(self, self.max_wait_s, self.news.append),
             links=self.links,
             histories=self.histories,
+            codecs=MessageCodecs(self.client),
             codec=codec,
+            gradient_codec=gradient_codec,
         )
 
     def rows(self, values_BSD: torch.Tensor, pieces: int = 1) -> IncomingRows:

@@ -13,7 +13,7 @@ from petald import session_actions as do
 from petald.errors import MissingBlocks, PetaldError
 from petald.routing import Hop, choose_chain
 from petald.session import Session
-from petald.session_settings import SessionSettings
+from petald.session_settings import Replay, SessionSettings
 from tests.helpers.session_faults import twist
 from tests.helpers.session_rows import PREFILL_TOKENS, ListHistory, SimRows
 from tests.helpers.session_world import SimHop, World, run_step
@@ -49,7 +49,7 @@ class SimClient:
                 max_tokens=len(prompt) + count,
                 make_history=ListHistory,  # type: ignore[arg-type]
                 max_wait_s=max_wait_s,
-                is_replay_exact=world.is_replay_exact,
+                replay=Replay.EXACT if world.is_replay_exact else Replay.FAST,
                 prefers_hand_over=self._prefers_hand_over,
             )
         )

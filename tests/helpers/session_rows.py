@@ -18,6 +18,7 @@ class SimRows:
     """Rows of one number each."""
 
     values: tuple[int, ...]
+    codec = "raw"
 
     @property
     def shape(self) -> tuple[int, ...]:

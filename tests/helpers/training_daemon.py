@@ -18,6 +18,7 @@ from kernels.checkpoint import Checkpoint
 from petald.config import DaemonConfig
 from petald.control import Jobs, open_control_socket, serve_control
 from petald.local_model import ModelIdentity
+from petald.message_codecs import MessageCodecs
 from petald.training_jobs import TrainingJobs
 from tests.helpers.pass_world import MODEL, PassWorld, open_pass_world
 
@@ -81,7 +82,12 @@ class TrainingDaemon:
                     return identity
 
                 models: Any = SimpleNamespace(identify=identify)
-                router: Any = SimpleNamespace(histories=world.histories, codec="raw")
+                router: Any = SimpleNamespace(
+                    histories=world.histories,
+                    codecs=MessageCodecs(world.client),
+                    codec="raw",
+                    gradient_codec="raw",
+                )
                 parts: Any = dict.fromkeys(
                     ("report_status", "report_swarm", "make_generation", "drain", "hidden")
                 )

@@ -36,6 +36,7 @@ from petald.executor import Timed
 from petald.history import HistoryStore
 from petald.routing import Hop
 from petald.session_actions import Moved
+from petald.session_settings import Replay
 from petald.tensors import to_wire
 from tests.helpers.chain_world import CONFIG, MODEL, Swarm, open_swarm
 from tests.helpers.tiny_models import make_model, save_model
@@ -134,7 +135,7 @@ async def test_an_exact_replay_gives_the_same_bits(
     async def run(kill_at: int) -> tuple[list[bytes], list[int]]:
         async with open_swarm(checkpoint, *spans, *spans) as swarm:
             session = await swarm.open(
-                chain=swarm.hops()[:3], codec="int8", is_replay_exact=True, max_tokens=40
+                chain=swarm.hops()[:3], codec="int8", replay=Replay.EXACT, max_tokens=40
             )
             outputs = []
             at = 0
@@ -270,7 +271,7 @@ async def test_a_step_with_bad_numbers_fails_alone(checkpoint: Checkpoint) -> No
         good, bad = await swarm.open(), await swarm.open()
         nan_SD = torch.full((1, 48), float("nan"))
         with pytest.raises(BadRequest, match="finite"):
-            await bad.run_step(to_wire(nan_SD), position=0, wanted=Wanted.LAST)
+            await bad.run_step(await bad.encode(nan_SD), position=0, wanted=Wanted.LAST)
         await good.run_step(to_wire(swarm.hidden_SD[:1]), position=0, wanted=Wanted.LAST)
         assert good.is_open
 
