@@ -41,6 +41,12 @@ class UnknownCodec(KernelError):
     code = "unknown_codec"
 
 
+class NotFinite(KernelError):
+    """Hidden states hold numbers that cannot be written: what computed them is at fault."""
+
+    code = "not_finite"
+
+
 class BadSampling(KernelError):
     """A sampling value is outside of its range: correct it."""
 

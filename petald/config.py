@@ -22,7 +22,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from kernels.codec_names import CODEC_NAMES, CODECS
+from kernels.codecs.names import CODECS
 from kernels.weight_formats import WEIGHT_FORMATS
 from p2p.addresses import BadAddress, parse_address
 from p2p.wire.socket_path import SocketPathTooLong, check_socket_path, listen_socket_path
@@ -360,13 +360,13 @@ class RouteConfig:
         + "; ".join(f"{name}, {text}" for name, text in CODECS.items())
         + ".",
         default=AUTO,
-        check=_one_of(AUTO, *CODEC_NAMES),
+        check=_one_of(AUTO, *CODECS),
         metavar="CODEC",
     )
     gradient_codec: str = _setting(
         "The same for gradients of hidden states, in training.",
         default=RAW,
-        check=_one_of(AUTO, *CODEC_NAMES),
+        check=_one_of(AUTO, *CODECS),
         metavar="CODEC",
     )
     replay: str = _setting(

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from kernels.codecs import CODEC_NAMES, find_codec
+from kernels.codecs.names import CODECS
+from kernels.codecs.registry import find_codec
 from p2p.network import Network
 from p2p.wire.tensor import WireTensor
 from petald.codec_choice import (
@@ -24,7 +25,7 @@ from petald.codec_choice import (
 )
 from petald.tensors import off_loop, to_wire
 
-KNOWN_CODECS = (AUTO, *CODEC_NAMES)
+KNOWN_CODECS = (AUTO, *CODECS)
 """What a session or a pass may ask for."""
 
 

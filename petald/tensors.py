@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 import trio
 
-from kernels.codecs import Codec, find_codec
+from kernels.codecs.codec import Codec
+from kernels.codecs.registry import find_codec
 from kernels.errors import UnknownCodec
 from p2p.errors import RemoteProtocolError
 from p2p.wire.tensor import RAW, WireTensor

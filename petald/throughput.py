@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from kernels.codecs import find_codec
+from kernels.codecs.registry import find_codec
 from kernels.kv_cache import CacheArena
 from kernels.span import Segment, Span
 from petald.codec_choice import AUTO_CODECS, TYPICAL_COSTS, CodecCost
