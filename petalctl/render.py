@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from p2p.wire.control_messages import (
+    CodecCount,
     ModelSwarm,
     PeerStatus,
     ServerStatus,
@@ -54,6 +55,7 @@ def render_status(report: StatusReport) -> RenderableType:
         *_labelled("routes for", report.models or ("no model",)),
         *(_span_facts(report.span) if report.span else ()),
         ("jobs", str(report.jobs)),
+        *([("sent", _sent(report.sent))] if report.sent else ()),
         ("peers", str(len(report.peers))),
     ]
     parts: list[RenderableType] = [_facts_table(facts)]
@@ -65,23 +67,36 @@ def render_status(report: StatusReport) -> RenderableType:
 def _span_facts(span: SpanStatus) -> list[tuple[str, str]]:
     return [
         ("serves", f"{span.model}, blocks {span.start}:{span.end}, {span.state}"),
-        ("", f"{span.dtype} on {span.device}, {format_bytes(span.weight_bytes)} of weights"),
+        (
+            "",
+            f"{_weights(span.dtype, span.quant)} on {span.device}, "
+            f"{format_bytes(span.weight_bytes)} of weights",
+        ),
         ("cache", f"{span.free_cache_tokens} of {span.cache_tokens} tokens free"),
         ("sessions", f"{span.sessions} open"),
         ("steps", f"{span.decode_steps} decode, {span.prefill_steps} prefill"),
     ]
 
 
+def _sent(counts: Sequence[CodecCount]) -> str:
+    """How many messages went in which codec."""
+    return ", ".join(f"{count.messages} as {count.codec}" for count in counts)
+
+
 def _peers_table(peers: Sequence[PeerStatus]) -> Table:
     table = _table()
     table.add_column("peer", no_wrap=True)
     table.add_column("round trip", justify="right", no_wrap=True)
+    table.add_column("upload", justify="right", no_wrap=True)
     table.add_column("address", overflow="fold")
     names = shorten_peers(peer.peer for peer in peers)
     for peer in peers:
         address = peer.addresses[0] if peer.addresses else "-"
         table.add_row(
-            _cell(names[peer.peer]), format_ms(peer.round_trip_s), _cell(_without_peer(address))
+            _cell(names[peer.peer]),
+            format_ms(peer.round_trip_s),
+            "-" if peer.bytes_per_s is None else f"{format_bytes(peer.bytes_per_s)}/s",
+            _cell(_without_peer(address)),
         )
     return table
 
@@ -152,19 +167,21 @@ def _servers_table(servers: Sequence[ServerStatus]) -> Table:
     table.add_column("round trip", justify="right")
     names = shorten_peers(server.peer for server in servers)
     for server in servers:
-        is_quantised = server.quant not in ("", "none")
-        weights = f"{server.dtype} {server.quant}" if is_quantised else server.dtype
         table.add_row(
             _cell(names[server.peer]),
             f"{server.start}:{server.end}",
             _cell(server.state),
-            _cell(weights),
+            _cell(_weights(server.dtype, server.quant)),
             *([_cell(server.codec)] if shows_codecs else []),
             f"{server.steps_per_s:.1f}" if server.steps_per_s else "-",
             f"{server.free_cache_tokens}/{server.cache_tokens}",
             format_ms(server.round_trip_s),
         )
     return table
+
+
+def _weights(dtype: str, quant: str) -> str:
+    return dtype if quant in ("", "none") else f"{dtype} {quant}"
 
 
 def _table() -> Table:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections import Counter
 
 import trio
 
 from p2p.network import Network
 from p2p.wire.control_messages import (
+    CodecCount,
     ModelSwarm,
     PeerStatus,
     ServerStatus,
@@ -26,6 +28,9 @@ from petald.serving import Serving
 from petald.swarm import Server
 
 VERSION = importlib.metadata.version("petald")
+
+MAX_RATE = 1 << 50
+"""Bytes a second that are told at most: a loopback's answers may come at one moment."""
 
 
 class Reporter:
@@ -79,12 +84,20 @@ class Reporter:
                     peer=peer.peer,
                     addresses=peer.addresses[:16],
                     round_trip_s=self._network.round_trip_s(peer.peer),
+                    bytes_per_s=_whole(self._network.bytes_per_s(peer.peer)),
                 )
                 for peer in self._network.connected_peers()[:4096]
             ),
             jobs=self.jobs.running if self.jobs else 0,
             span=_span_status(self._serving) if self._serving else None,
+            sent=self._sent(),
         )
+
+    def _sent(self) -> tuple[CodecCount, ...]:
+        sent = Counter(self._router.codecs.sent)
+        if self._serving is not None:
+            sent += self._serving.codecs.sent
+        return tuple(CodecCount(codec=codec, messages=count) for codec, count in sent.most_common())
 
     async def report_swarm(self, request: SwarmRequest) -> SwarmReport:
         """The swarm view of one model, or of all that are known here.
@@ -130,6 +143,10 @@ def _server_status(server: Server) -> ServerStatus:
     )
 
 
+def _whole(rate: float | None) -> int | None:
+    return None if rate is None else min(round(rate), MAX_RATE)
+
+
 def _span_status(serving: Serving) -> SpanStatus:
     hosted = serving.hosted
     span, arena = hosted.span, hosted.arena
@@ -139,6 +156,7 @@ def _span_status(serving: Serving) -> SpanStatus:
         start=span.start,
         end=span.end,
         state="draining" if serving.server.is_draining else "serving",
+        quant=serving.quant,
         dtype=dtype_name(span.dtype),
         device=str(span.device),
         weight_bytes=span.weight_bytes,

@@ -84,7 +84,7 @@ class Server:
     ) -> None:
         self._network = network
         self._hosted = hosted
-        self._codecs = codecs or MessageCodecs(network)
+        self.codecs = codecs or MessageCodecs(network)
         self.adapters = adapters or AdapterStore(hosted.span, limit_bytes=0, max_adapter_bytes=0)
         self._fingerprint = fingerprint
         self._config = config
@@ -198,7 +198,7 @@ class Server:
             cache,
             network=self._network,
             hosted=self._hosted,
-            codecs=self._codecs,
+            codecs=self.codecs,
             max_step_tokens=self._config.max_step_tokens,
         )
         self._sessions[request.session] = session

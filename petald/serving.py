@@ -65,6 +65,11 @@ class Serving:
     adapter_names: tuple[str, ...] = ()
 
     @property
+    def codecs(self) -> MessageCodecs:
+        """Encode what is sent from here."""
+        return self.server.codecs
+
+    @property
     def adapters(self) -> AdapterStore:
         """What sessions and passes here can be run with."""
         return self.server.adapters

@@ -72,6 +72,7 @@ class SpanStatus:
 
     Attributes:
         state: ``loading``, ``serving`` or ``draining``.
+        quant: the weight format.
         weight_bytes: the memory that its weights take.
         cache_tokens: the arena's size; ``free_cache_tokens`` of it are promised to nobody.
         sessions: open now.
@@ -84,6 +85,7 @@ class SpanStatus:
     end: BlockNumber
     state: Name
     dtype: Name
+    quant: Name
     device: Name
     weight_bytes: Count
     cache_tokens: Count
@@ -95,11 +97,25 @@ class SpanStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerStatus:
-    """A peer that this daemon is connected with."""
+    """A peer that this daemon is connected with.
+
+    Attributes:
+        round_trip_s: measured from here; none where it never was.
+        bytes_per_s: that reach it from here, likewise.
+    """
 
     peer: PeerName
     addresses: Addresses = ()
     round_trip_s: Seconds | None = None
+    bytes_per_s: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecCount:
+    """How many messages of hidden states were written in a codec since the start."""
+
+    codec: Name
+    messages: Count
 
 
 @message("status_report")
@@ -118,6 +134,7 @@ class StatusReport(Message):
     peers: Annotated[tuple[PeerStatus, ...], Bound(0, 4096)]
     jobs: Count
     span: SpanStatus | None = None
+    sent: Annotated[tuple[CodecCount, ...], Bound(0, 64)] = ()
 
 
 @message("swarm_request")

@@ -22,6 +22,7 @@ from p2p.wire.control_messages import (
     Cancel,
     ChainHop,
     CloseSession,
+    CodecCount,
     Generate,
     Generated,
     GenerateDone,
@@ -221,6 +222,7 @@ def status_report(job: int) -> StatusReport:
                 peer=CHAIN[0].peer,
                 addresses=(f"/ip4/10.0.0.7/tcp/4001/p2p/{CHAIN[0].peer}",),
                 round_trip_s=0.0123,
+                bytes_per_s=2_500_000,
             ),
             PeerStatus(peer=CHAIN[1].peer),
         ),
@@ -231,7 +233,8 @@ def status_report(job: int) -> StatusReport:
             start=0,
             end=2,
             state="serving",
-            dtype="float32",
+            dtype="bfloat16",
+            quant="nf4",
             device="cpu",
             weight_bytes=123_000_000,
             cache_tokens=8192,
@@ -240,6 +243,7 @@ def status_report(job: int) -> StatusReport:
             decode_steps=1234,
             prefill_steps=5,
         ),
+        sent=(CodecCount(codec="int8", messages=812), CodecCount(codec="raw", messages=40)),
     )
 
 

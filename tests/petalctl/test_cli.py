@@ -222,7 +222,9 @@ def test_status_is_a_page_without_colours_or_padding(run: Run) -> None:
     assert lines[0] == "daemon      petald 0.1.0, pid 4242, up 1 h 2 min"
     assert "serves      tiny, blocks 0:2, serving" in lines
     assert "cache       8000 of 8192 tokens free" in lines
-    assert re.search(r"…AAAAAA +12\.3 ms +/ip4/10\.0\.0\.7/tcp/4001$", out, re.MULTILINE)
+    assert "            bfloat16 nf4 on cpu, 123 MB of weights" in lines
+    assert "sent        812 as int8, 40 as raw" in lines
+    assert re.search(r"…AAAAAA +12\.3 ms +2 MB/s +/ip4/10\.0\.0\.7/tcp/4001$", out, re.MULTILINE)
 
 
 def test_swarm_names_what_is_uncovered(run: Run) -> None:
