@@ -6,8 +6,11 @@ shape that the model's configuration implies, and the dtype that was asked for.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,25 +63,82 @@ class Checkpoint:
         Raises:
             CorruptCheckpoint: a file is missing or damaged, or a tensor is not as it must be.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in shapes:
-            by_file.setdefault(self._find(name), []).append(name)
-        tensors: dict[str, torch.Tensor] = {}
-        for file_name, names in by_file.items():
-            path = self.folder / file_name
+        with self.open() as reader:
+            return {
+                name: reader.read_numbers(name, shape).to(device=device, dtype=dtype)
+                for name, shape in shapes.items()
+            }
+
+    def open(self) -> TensorReader:
+        """Reads its tensors one by one, as the files have them."""
+        return TensorReader(self.folder, self._file_of)
+
+
+class TensorReader:
+    """Reads tensors out of a model folder; made by `Checkpoint.open`.
+
+    A context manager: its files stay mapped until it is left, and longer where a tensor is kept.
+    """
+
+    def __init__(self, folder: Path, file_of: Mapping[str, str] | None) -> None:
+        self._folder = folder
+        self._file_of = file_of
+        self._opened = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+        self._opened.close()
+
+    def __contains__(self, name: str) -> bool:
+        if self._file_of is not None:
+            return name in self._file_of
+        return name in self._open(SINGLE_FILE).keys()  # noqa: SIM118 - no mapping
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as its file has it, of whichever shape and dtype: still to be checked.
+
+        Raises:
+            CorruptCheckpoint: a file is missing or damaged, or has no such tensor.
+        """
+        file_name = self._find(name)
+        file = self._open(file_name)
+        try:
+            tensor: torch.Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(file_name, error) from error
+        return tensor
+
+    def read_numbers(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of floating-point numbers, in the dtype that its file has.
+
+        Raises:
+            CorruptCheckpoint: it cannot be read, or is not as it must be.
+        """
+        tensor = self.read(name)
+        _check_tensor(self._folder / self._find(name), name, tensor, shape)
+        return tensor
+
+    def _open(self, file_name: str) -> Any:
+        file = self._files.get(file_name)
+        if file is None:
+            path = self._folder / file_name
             try:
-                with safe_open(path, framework="pt") as file:
-                    for name in names:
-                        raw = file.get_tensor(name)
-                        _check_tensor(path, name, raw, shapes[name])
-                        tensors[name] = raw.to(device=device, dtype=dtype)
+                file = self._opened.enter_context(safe_open(path, framework="pt"))
             except FileNotFoundError as error:
                 raise CorruptCheckpoint(f"{path} is missing; fetch the model again") from error
             except (SafetensorError, OSError) as error:
-                raise CorruptCheckpoint(
-                    f"{path} cannot be read ({error}); fetch the model again"
-                ) from error
-        return tensors
+                raise self._unreadable(file_name, error) from error
+            self._files[file_name] = file
+        return file
+
+    def _unreadable(self, file_name: str, error: Exception) -> CorruptCheckpoint:
+        return CorruptCheckpoint(
+            f"{self._folder / file_name} cannot be read ({error}); fetch the model again"
+        )
 
     def _find(self, name: str) -> str:
         if self._file_of is None:
@@ -86,7 +146,8 @@ class Checkpoint:
         file = self._file_of.get(name)
         if file is None:
             raise CorruptCheckpoint(
-                f"{self.folder / INDEX_FILE} does not know the tensor {name}; fetch the model again"
+                f"{self._folder / INDEX_FILE} does not know the tensor {name}; "
+                "fetch the model again"
             )
         return file
 

@@ -47,6 +47,12 @@ class NotFinite(KernelError):
     code = "not_finite"
 
 
+class UnknownWeightFormat(KernelError):
+    """Weights cannot be held in the way that was asked for, here: choose another format."""
+
+    code = "unknown_weight_format"
+
+
 class BadSampling(KernelError):
     """A sampling value is outside of its range: correct it."""
 

@@ -9,7 +9,6 @@ Shapes: S packed rows, B batch, D hidden size.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +19,9 @@ from kernels.block import DecoderBlock, Place
 from kernels.checkpoint import Checkpoint
 from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
 from kernels.kv_cache import SequenceCache
-from kernels.linear import join_linears
+from kernels.layer_loader import LayerLoader
 from kernels.model_config import ModelConfig
+from kernels.quant.formats import UNQUANTISED
 from kernels.rotary import RotaryTable
 from kernels.weight_names import block_shapes
 
@@ -212,6 +212,7 @@ def load_span(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quant: str = UNQUANTISED,
     on_block: Callable[[int], None] | None = None,
 ) -> Span:
     """Reads the tensors of some blocks, and no others.
@@ -220,13 +221,16 @@ def load_span(
         checkpoint: of the model.
         start: first block.
         end: the block after the last one.
-        dtype: in which weights are held and steps computed.
+        dtype: in which steps are computed, and weights are held that are not quantised.
         device: where.
+        quant: a name of `kernels.quant.formats.WEIGHT_FORMATS`, for the linear layers' weights.
+            Without one they are in ``dtype``, or quantised as the checkpoint has them.
         on_block: called with the number of each block that was read; what it raises ends loading.
 
     Raises:
         CorruptCheckpoint: a tensor is missing or not as it must be.
         OutOfDeviceMemory: the device cannot hold them.
+        UnknownWeightFormat: there is no such format, or not on this device.
     """
     config = checkpoint.config
     if not 0 <= start < end <= config.num_blocks:
@@ -236,11 +240,11 @@ def load_span(
     blocks = []
     for number in range(start, end):
         try:
-            tensors = checkpoint.load_tensors(
-                block_shapes(config, number), dtype=dtype, device=device
-            )
-            make_linear = functools.partial(join_linears, tensors)
-            blocks.append(DecoderBlock(config, number, tensors, make_linear))
+            with checkpoint.open() as reader:
+                loader = LayerLoader(
+                    reader, block_shapes(config, number), quant=quant, dtype=dtype, device=device
+                )
+                blocks.append(DecoderBlock(config, number, loader, loader.make_linear))
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(
                 f"{device} has no memory for block {number}; serve fewer blocks"

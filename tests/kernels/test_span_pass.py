@@ -242,8 +242,9 @@ def kept_bytes(span: Span, work: PassWork) -> int:
 
     block = span.block(work.start)
     known = {
-        linear.weight_IO.untyped_storage().data_ptr()
+        tensor.untyped_storage().data_ptr()
         for linear in (block._qkv, block._output, *block._mlp.linears)
+        for tensor in linear.tensors
     }
     for norm in (block._input_norm, block._mlp_norm):
         known.add(norm.weight_D.untyped_storage().data_ptr())
