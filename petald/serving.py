@@ -210,6 +210,7 @@ async def _load(
             end,
             dtype=parse_dtype(config.dtype, device, quant=config.quant),
             device=device,
+            quant=config.quant,
             on_block=on_block,
         )
         arena = CacheArena(
