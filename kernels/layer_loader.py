@@ -15,7 +15,13 @@ import torch
 
 from kernels.checkpoint import TensorReader
 from kernels.linear import DenseLinear, Linear
-from kernels.quant.formats import FORMATS, UNQUANTISED, StoredWeights, check_weight_format
+from kernels.quant.formats import (
+    FORMATS,
+    UNQUANTISED,
+    StoredWeights,
+    check_weight_format,
+    quantise_parts,
+)
 from kernels.quant.linear import QuantisedLinear
 from kernels.weight_names import short_name
 
@@ -84,8 +90,7 @@ class LayerLoader(Mapping[str, torch.Tensor]):
         width = self._shapes[f"{names[0]}.weight"][1]
         if self._quant == UNQUANTISED or not FORMATS[self._quant].fits(width):
             return None
-        form = FORMATS[self._quant]
-        return form.join([form.quantise(self._read(name), self._dtype) for name in names])
+        return quantise_parts(self._quant, map(self._read, names), self._dtype)
 
     def _read(self, name: str) -> torch.Tensor:
         """A weight as its file has it, on the device."""

@@ -6,7 +6,7 @@ does not take stays in the dtype of the span.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ import torch
 from kernels.errors import UnknownWeightFormat
 from kernels.quant.int8 import Int8Weights, join_int8, quantise_int8
 from kernels.quant.matrix import QuantisedMatrix
+from kernels.quant.nf4 import Nf4Weights, join_nf4, nest_scales, quantise_nf4, takes_nf4
+from kernels.quant.nf4_matrix import has_cpu_kernel
 
 UNQUANTISED = "none"
 
@@ -45,6 +47,7 @@ class WeightFormat:
         fits: whether it takes a matrix of this width in.
         quantise: makes stored weights of numbers, for activations of a dtype.
         join: puts several of one width in side by side.
+        finish: what remains to be done when weights that were quantised here are joined.
         bytes_per_weight: about; for what is planned before anything is read.
     """
 
@@ -52,6 +55,7 @@ class WeightFormat:
     fits: Callable[[int], bool]
     quantise: Callable[[torch.Tensor, torch.dtype], Any]
     join: Callable[[Sequence[Any]], StoredWeights]
+    finish: Callable[[Any], StoredWeights] = lambda joined: joined
     bytes_per_weight: float
 
 
@@ -62,6 +66,14 @@ FORMATS: dict[str, WeightFormat] = {
         quantise=quantise_int8,
         join=join_int8,
         bytes_per_weight=1.0,
+    ),
+    "nf4": WeightFormat(
+        kind=Nf4Weights,
+        fits=takes_nf4,
+        quantise=quantise_nf4,
+        join=join_nf4,
+        finish=nest_scales,
+        bytes_per_weight=0.52,
     ),
 }
 
@@ -84,3 +96,32 @@ def check_weight_format(name: str) -> None:
 def format_of(weights: StoredWeights) -> WeightFormat:
     """The format that stored weights are in."""
     return next(form for form in FORMATS.values() if isinstance(weights, form.kind))
+
+
+def quantise_parts(name: str, parts: Iterable[torch.Tensor], dtype: torch.dtype) -> StoredWeights:
+    """One matrix in a format, of several that stand side by side; each is forgotten in its turn.
+
+    Args:
+        name: of the format; it fits the width.
+        parts: the matrices' numbers.
+        dtype: of the activations.
+    """
+    form = FORMATS[name]
+    return form.finish(form.join([form.quantise(part, dtype) for part in parts]))
+
+
+def why_slow(name: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a format's decode steps are slower here than dense ones; empty where they are not.
+
+    A sentence for the user of the machine, with what to do.
+    """
+    if name == UNQUANTISED or device.type != "cpu":
+        return ""
+    if dtype != torch.bfloat16:
+        return f"{name} weights are fast on a CPU in bfloat16 alone; set dtype to bfloat16"
+    if name == "nf4" and not has_cpu_kernel():
+        return (
+            "nf4 weights are slow on a CPU without AVX512-BF16, or without bitsandbytes; "
+            "choose int8 or int4"
+        )
+    return ""

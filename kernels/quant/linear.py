@@ -86,7 +86,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SI: torch.Tensor, matrix: QuantisedMatrix) -> torch.Tensor:
         ctx.matrix = matrix
-        return matrix.multiply(x_SI)
+        output_SO = matrix.multiply(x_SI)
+        # What is added in place must be no view, which a library's product may be.
+        return output_SO if output_SO._base is None else output_SO.clone()
 
     @staticmethod
     @once_differentiable

@@ -35,7 +35,7 @@ def errors(x_SI: torch.Tensor, weights: Int8Weights) -> dict[str, float]:
     """Of each way, over the size of what the ordinary features contribute to the exact product.
 
     The outliers' own contribution is thousands of times larger, and would hide every difference.
-    Exact is the product with the dequantised weights: what their rounding costs, all have in common.
+    Exact is the product with the dequantised weights: their rounding costs all the same.
     """
     plain_OI = weights.dequantise(torch.float64)
     exact = x_SI.double() @ plain_OI.t()
