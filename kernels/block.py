@@ -1,11 +1,11 @@
 """A transformer decoder block, assembled from parts.
 
-`DecoderBlock` knows the order of the parts and the caches of the segments; norm, positions,
-attention and MLP are their own modules. Which parts a model has follows from its `ModelConfig`.
+`DecoderBlock` knows the order of the parts and the caches of the segments; norm, projection with
+positions, attention and MLP are their own modules. Which parts a model has follows from its
+`ModelConfig`.
 
 Shapes: S packed rows of all segments (or tokens of each sequence of a batch), B batch, T tokens
-with prefixes, P tokens of a prefix, D hidden size, N query heads, K key and value heads, H head
-size.
+with prefixes, P tokens of a prefix, D hidden size, K key and value heads, H head size.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from kernels.adapter import BlockAdapter
-from kernels.attention import attend_batch, attend_many, attend_one
+from kernels.attention import Attention, WindowAttention
 from kernels.linear import Linear
-from kernels.mlp import GatedMLP
+from kernels.mlp import MLP, FeedForward
 from kernels.model_config import ModelConfig
-from kernels.norm import RMSNorm
-from kernels.rotary import rotate
-from kernels.weight_names import WEIGHT_NAMES
+from kernels.norm import Norm, make_norm
+from kernels.projection import AnyProjection, Projection
+from kernels.rotary import Positions
+from kernels.weight_names import names_of
 
 LinearMaker = Callable[[Sequence[str]], Linear]
 """Makes one linear layer of those that have these names in the checkpoint, side by side."""
@@ -48,6 +49,13 @@ class Place:
 class DecoderBlock:
     """One block with its weights.
 
+    Its wiring, `ModelConfig.wiring`, is one of:
+
+    - ``sequential``: attention is added to the block's input, and what the MLP makes of that;
+    - ``parallel``: attention and MLP both see the block's input, and both are added to it;
+    - ``post_norms``: sequential, with a norm of what attention and MLP give before it is added;
+    - ``norms_kept``: sequential, but each is added to its own normalised input.
+
     Args:
         config: of the model.
         block: its number.
@@ -62,34 +70,57 @@ class DecoderBlock:
         tensors: Mapping[str, torch.Tensor],
         make_linear: LinearMaker,
     ) -> None:
-        names = WEIGHT_NAMES[config.family]
+        names = names_of(config)
 
         def linear(*parts: str) -> Linear:
             return make_linear([part.format(block=block) for part in parts])
 
-        def norm(part: str) -> RMSNorm:
-            return RMSNorm(tensors[f"{part.format(block=block)}.weight"], config.norm_eps)
+        def norm(part: str) -> Norm | None:
+            return make_norm(config, tensors, part.format(block=block)) if part else None
 
-        self._heads = config.num_heads
-        self._kv_heads = config.num_kv_heads
-        self._head_size = config.head_size
-        self._input_norm = norm(names.input_norm)
-        self._qkv = linear(*names.qkv)
+        input_norm = norm(names.input_norm)
+        assert input_norm is not None
+        self._input_norm = input_norm
+        self._projection = _make_projection(
+            config, block, linear(*names.qkv), norm(names.query_norm), norm(names.key_norm)
+        )
+        self._attention = _make_attention(config, block)
         self._output = linear(names.output)
+        self._output_norm = norm(names.output_norm)
         self._mlp_norm = norm(names.mlp_norm)
-        self._mlp = GatedMLP(linear(*names.gate_up), linear(names.down))
+        self._mlp: FeedForward = MLP(
+            linear(*names.gate_up),
+            linear(names.down),
+            config.activation,
+            is_gated=config.is_gated,
+        )
+        self._down_norm = norm(names.down_norm)
+        self._finish = {
+            "sequential": self._finish_in_turn,
+        }[config.wiring]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its linear layers."""
+        return self._projection.qkv, self._output, *self._mlp.linears
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Its weights that are in no linear layer."""
+        norms = (self._input_norm, self._output_norm, self._mlp_norm, self._down_norm)
+        of_norms = (part for norm in norms if norm is not None for part in norm.tensors)
+        return *of_norms, *self._projection.tensors, *self._mlp.tensors
 
     @property
     def weight_bytes(self) -> int:
         """The memory that the weights take."""
-        norms = (self._input_norm.weight_D, self._mlp_norm.weight_D)
-        linears = (self._qkv, self._output, *self._mlp.linears)
-        return sum(norm.nbytes for norm in norms) + sum(part.weight_bytes for part in linears)
+        in_linears = sum(linear.weight_bytes for linear in self.linears)
+        return in_linears + sum(tensor.nbytes for tensor in self.tensors)
 
     def step(
         self,
         hidden_SD: torch.Tensor,
-        positions: tuple[torch.Tensor, torch.Tensor],
+        positions: Positions,
         places: Sequence[Place],
         cache_KTH: tuple[torch.Tensor, torch.Tensor],
         adapters: Sequence[BlockAdapter] = (),
@@ -98,12 +129,13 @@ class DecoderBlock:
 
         Args:
             hidden_SD: their rows, packed.
-            positions: cosines and sines of each row, ``[S, 1, H]``.
+            positions: of each row, ``[S, 1, H]``.
             places: of the segments.
             cache_KTH: the arena's keys and values for this block; written behind each ``length``.
             adapters: of all the sequences; their prefixes are in the cache already.
         """
-        query_SNH, key_SKH, value_SKH = self._project(hidden_SD, positions, adapters)
+        x_SD = self._input_norm.apply(hidden_SD)
+        query_SNH, key_SKH, value_SKH = self._projection.apply(x_SD, positions, adapters)
         keys_KTH, values_KTH = cache_KTH
         outputs = []
         for place in places:
@@ -112,7 +144,7 @@ class DecoderBlock:
             end = begin + place.tokens
             keys_KTH[:, begin:end] = key_SKH[rows].transpose(0, 1)
             values_KTH[:, begin:end] = value_SKH[rows].transpose(0, 1)
-            attend = attend_one if place.tokens == 1 else attend_many
+            attend = self._attention.one if place.tokens == 1 else self._attention.many
             outputs.append(
                 attend(
                     query_SNH[rows],
@@ -121,12 +153,12 @@ class DecoderBlock:
                 )
             )
         attended_SD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self._finish(hidden_SD, attended_SD, adapters)
+        return self._finish(hidden_SD, x_SD, attended_SD, adapters)
 
     def forward(
         self,
         hidden_BSD: torch.Tensor,
-        positions: tuple[torch.Tensor, torch.Tensor],
+        positions: Positions,
         mask_BT: torch.Tensor | None = None,
         adapters: Sequence[BlockAdapter] = (),
     ) -> torch.Tensor:
@@ -134,50 +166,54 @@ class DecoderBlock:
 
         Args:
             hidden_BSD: their rows.
-            positions: cosines and sines of one sequence's tokens, ``[S, 1, H]``.
+            positions: of one sequence's tokens, ``[S, 1, H]``.
             mask_BT: true for the tokens that others may attend to, prefixes included; none: all.
             adapters: of all the sequences.
         """
         batch, tokens, width = hidden_BSD.shape
         rows_SD = hidden_BSD.reshape(batch * tokens, width)
-        query_BSNH, keys_BTKH, values_BTKH = self._project(
-            rows_SD, positions, adapters, shape=(batch, tokens)
+        x_SD = self._input_norm.apply(rows_SD)
+        query_BSNH, keys_BTKH, values_BTKH = self._projection.apply(
+            x_SD, positions, adapters, (batch, tokens)
         )
         prefixes = [adapter.prefix for adapter in adapters if adapter.prefix is not None]
         if prefixes:
             keys, values = zip(*prefixes, strict=True)
             keys_BTKH = _stand_before(keys, keys_BTKH)
             values_BTKH = _stand_before(values, values_BTKH)
-        attended_SD = attend_batch(query_BSNH, keys_BTKH, values_BTKH, mask_BT)
-        return self._finish(rows_SD, attended_SD, adapters).reshape(batch, tokens, width)
+        attended_SD = self._attention.batch(query_BSNH, keys_BTKH, values_BTKH, mask_BT)
+        return self._finish(rows_SD, x_SD, attended_SD, adapters).reshape(batch, tokens, width)
 
-    def _project(
+    def _finish_in_turn(
         self,
         hidden_SD: torch.Tensor,
-        positions: tuple[torch.Tensor, torch.Tensor],
-        adapters: Sequence[BlockAdapter],
-        *,
-        shape: tuple[int, ...] = (-1,),
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, with the rows in some shape: ``[*shape, N or K, H]``."""
-        turned = self._heads + self._kv_heads
-        qkv = self._qkv.apply(self._input_norm.apply(hidden_SD), adapters).view(
-            *shape, turned + self._kv_heads, self._head_size
-        )
-        to_turn, values = torch.split(qkv, [turned, self._kv_heads], dim=-2)
-        queries, keys = torch.split(
-            rotate(to_turn, *positions), [self._heads, self._kv_heads], dim=-2
-        )
-        return queries, keys, values
-
-    def _finish(
-        self,
-        hidden_SD: torch.Tensor,
+        x_SD: torch.Tensor,
         attended_SD: torch.Tensor,
         adapters: Sequence[BlockAdapter],
     ) -> torch.Tensor:
         after_SD = self._output.add_to(hidden_SD, attended_SD, adapters)
-        return self._mlp.add_to(after_SD, self._mlp_norm.apply(after_SD), adapters)
+        return self._mlp.add_to(after_SD, _normed(self._mlp_norm, after_SD), adapters)
+
+
+def _make_projection(
+    config: ModelConfig, block: int, qkv: Linear, query_norm: Norm | None, key_norm: Norm | None
+) -> Projection:
+    kind = 1 if len(config.rotary) > 1 and config.window(block) else 0
+    norms = None if query_norm is None or key_norm is None else (query_norm, key_norm)
+    if norms is None and config.rotary and not config.is_fused:
+        return Projection(config, qkv, kind)
+    return AnyProjection(config, qkv, kind, norms)
+
+
+def _make_attention(config: ModelConfig, block: int) -> Attention:
+    window = config.window(block)
+    if window:
+        return WindowAttention(window, config.query_scale)
+    return Attention(config.query_scale)
+
+
+def _normed(norm: Norm | None, x_SD: torch.Tensor) -> torch.Tensor:
+    return x_SD if norm is None else norm.apply(x_SD)
 
 
 def _stand_before(prefixes: Sequence[torch.Tensor], rows_BSKH: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from kernels.checkpoint import Checkpoint
-from kernels.norm import RMSNorm
-from kernels.weight_names import WEIGHT_NAMES
+from kernels.norm import Norm, make_norm
+from kernels.weight_names import names_of, norm_shapes
 
 
 class Embedding:
@@ -37,7 +37,7 @@ class Head:
         weight_DV: the matrix; a view of the embedding's where they are tied.
     """
 
-    def __init__(self, norm: RMSNorm, weight_DV: torch.Tensor) -> None:
+    def __init__(self, norm: Norm, weight_DV: torch.Tensor) -> None:
         self._norm = norm
         self._weight_DV = weight_DV
 
@@ -71,15 +71,15 @@ def load_ends(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devic
         CorruptCheckpoint: a tensor is missing or not as it must be.
     """
     config = checkpoint.config
-    names = WEIGHT_NAMES[config.family]
+    names = names_of(config)
     matrix = (config.vocab_size, config.hidden_size)
     embedding_name, head_name = f"{names.embedding}.weight", f"{names.head}.weight"
-    norm_name = f"{names.final_norm}.weight"
-    shapes: dict[str, tuple[int, ...]] = {embedding_name: matrix, norm_name: (config.hidden_size,)}
+    shapes: dict[str, tuple[int, ...]] = {embedding_name: matrix}
+    shapes |= norm_shapes(config, names.final_norm)
     if not config.tie_embeddings:
         shapes[head_name] = matrix
     tensors = checkpoint.load_tensors(shapes, dtype=dtype, device=device)
-    norm = RMSNorm(tensors[norm_name], config.norm_eps)
+    norm = make_norm(config, tensors, names.final_norm)
     # Kept as [D, V], the order in which one row is multiplied quickest (see `kernels.linear`); an
     # embedding's row is then a strided read, which for a few tokens costs nothing to speak of.
     weight_DV = tensors[embedding_name if config.tie_embeddings else head_name].t().contiguous()

@@ -1,12 +1,13 @@
-"""The feed-forward part of a block.
+"""The feed-forward part of a block: an MLP, with a gate or without. `kernels.experts` has several.
 
 Shapes: S rows, D hidden size, F feed-forward size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,32 +16,83 @@ from torch.autograd.function import once_differentiable
 from kernels.adapter import BlockAdapter
 from kernels.linear import Linear
 
+Activation = Callable[[torch.Tensor], torch.Tensor]
 
-class GatedMLP:
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
 
-    Source: Shazeer 2020, arXiv:2002.05202.
+
+class FeedForward(Protocol):
+    """What follows a block's attention."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its weights, but for a router's."""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Its weights that are in no linear layer."""
+
+    def add_to(
+        self, residual_SD: torch.Tensor, x_SD: torch.Tensor, adapters: Sequence[BlockAdapter] = ()
+    ) -> torch.Tensor:
+        """What it makes of ``x``, added to the residual, ``[S, D]``; a new tensor."""
+
+    def apply(self, x_SD: torch.Tensor, adapters: Sequence[BlockAdapter] = ()) -> torch.Tensor:
+        """What it makes of ``x``, ``[S, D]``."""
+
+
+class MLP:
+    """``down(activation(up(x)))``, or with a gate ``down(activation(gate(x)) * up(x))``.
+
+    Source: of the gate, Shazeer 2020, arXiv:2002.05202.
 
     Args:
-        gate_up: both projections in one, gate first, ``[D, 2F]``.
+        up: ``[D, F]``; with a gate both projections in one, gate first, ``[D, 2F]``.
         down: ``[F, D]``.
+        activation: a key of `ACTIVATIONS`.
+        is_gated: whether there is a gate.
     """
 
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
-        self._gate_up = gate_up
+    tensors: tuple[torch.Tensor, ...] = ()
+
+    def __init__(self, up: Linear, down: Linear, activation: str, *, is_gated: bool) -> None:
+        self._up = up
         self._down = down
+        self._inner = choose_inner(activation, is_gated=is_gated)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Its weights."""
-        return self._gate_up, self._down
+        return self._up, self._down
 
     def add_to(
         self, residual_SD: torch.Tensor, x_SD: torch.Tensor, adapters: Sequence[BlockAdapter] = ()
     ) -> torch.Tensor:
         """What it makes of ``x``, added to the residual, ``[S, D]``."""
-        gated_SF = gate(self._gate_up.apply(x_SD, adapters))
-        return self._down.add_to(residual_SD, gated_SF, adapters)
+        inner_SF = self._inner(self._up.apply(x_SD, adapters))
+        return self._down.add_to(residual_SD, inner_SF, adapters)
+
+    def apply(self, x_SD: torch.Tensor, adapters: Sequence[BlockAdapter] = ()) -> torch.Tensor:
+        """What it makes of ``x``, ``[S, D]``."""
+        return self._down.apply(self._inner(self._up.apply(x_SD, adapters)), adapters)
+
+
+def choose_inner(activation: str, *, is_gated: bool) -> Activation:
+    """What stands between an MLP's projections."""
+    if not is_gated:
+        return ACTIVATIONS[activation]
+    if activation == "silu":
+        return gate
+    return functools.partial(_gate_plainly, ACTIVATIONS[activation])
+
+
+def _gate_plainly(activation: Activation, gate_up_S2F: torch.Tensor) -> torch.Tensor:
+    gate_SF, up_SF = gate_up_S2F.chunk(2, dim=-1)
+    return activation(gate_SF) * up_SF
 
 
 def gate(gate_up_S2F: torch.Tensor) -> torch.Tensor:

@@ -1,70 +1,39 @@
 """What a model is made of, read from a Hugging Face ``config.json``.
 
-Standard library only. A family is a row of `FAMILIES`: which parts its blocks have, and under which
-names its checkpoints keep their tensors (`kernels.weight_names`). Everything else is in the file.
+Standard library only. A family is a row of `kernels.family.FAMILIES`: which parts its blocks have;
+under which names its checkpoints keep their tensors is in `kernels.weight_names`. Everything else
+is in the file.
 Invariant: the numbers of a `ModelConfig` are positive, within bounds, and divide as they must.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.config_values import (
+    MAX_BLOCKS,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    quote,
+    read_bool,
+    read_eos,
+    read_float,
+    read_int,
+)
 from kernels.errors import CorruptCheckpoint, UnsupportedModel
+from kernels.family import FAMILIES, Family
+from kernels.rotary_config import RotaryConfig, parse_rotary
 
-MAX_BLOCKS = 4096
-MAX_WIDTH = 1 << 20
-MAX_VOCABULARY = 1 << 24
-MAX_POSITIONS = 1 << 27
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RotaryConfig:
-    """Rotary position embedding.
-
-    Attributes:
-        theta: base of the frequencies.
-        scaling: ``none``, ``linear`` (positions divided by ``factor``), or ``llama3``
-            (frequencies stretched by wavelength, as Llama 3.1 does).
-        factor: of the stretch.
-        low_frequency_factor: wavelengths over ``original_positions`` / this are stretched in full.
-        high_frequency_factor: wavelengths under ``original_positions`` / this are left alone.
-        original_positions: the context the model was first trained with.
-    """
-
-    theta: float = 10_000.0
-    scaling: str = "none"
-    factor: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_positions: int = 8192
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """What all models of a family have in common.
-
-    Attributes:
-        qkv_bias: whether the projections have biases; none where the file says it.
-        output_bias: of the attention's output projection, likewise.
-        mlp_bias: of the MLP, likewise.
-        has_sliding_window: whether the file's ``sliding_window`` holds without a further switch.
-    """
-
-    qkv_bias: bool | None = None
-    output_bias: bool | None = None
-    mlp_bias: bool | None = None
-    has_sliding_window: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(qkv_bias=False, output_bias=False, mlp_bias=False, has_sliding_window=True),
-    "qwen2": Family(qkv_bias=True, output_bias=False, mlp_bias=False),
+_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
 
 
@@ -73,11 +42,23 @@ class ModelConfig:
     """A model's shape.
 
     Attributes:
-        family: a key of `FAMILIES`.
+        family: a key of `kernels.family.FAMILIES`.
         num_kv_heads: fewer than ``num_heads`` for grouped-query attention.
+        activation: of the MLP: ``silu``, ``gelu``, or ``gelu_tanh``, its approximation.
+        norm: as in `kernels.family.Family`.
+        rotary: none where positions are ALiBi's; two where blocks with a window have their own.
         max_positions: the longest context.
         tie_embeddings: whether the head's matrix is the embedding's.
         eos_token_ids: tokens that end a text.
+        windows: how many tokens each block attends to, its own included, 0 for all; empty where
+            that is so in every block.
+        query_scale: what scores are multiplied with; none: one over the root of the head size.
+        score_cap: what the scores' size stays below, softly.
+        logit_cap: likewise the logits'.
+        num_experts: of each block; 0 where it has one MLP.
+        experts_per_token: how many of them see a token.
+        wiring: as in `kernels.family.Family`.
+        has_mlp_norm: whether the MLP's input has a norm of its own.
     """
 
     family: str
@@ -89,14 +70,28 @@ class ModelConfig:
     head_size: int
     ffn_size: int
     activation: str
+    norm: str
     norm_eps: float
-    rotary: RotaryConfig
+    rotary: tuple[RotaryConfig, ...]
     max_positions: int
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()
+    query_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    wiring: str = "sequential"
+    has_mlp_norm: bool = True
+    has_query_norm: bool = False
+    is_gated: bool = True
+    is_fused: bool = False
+    has_embedding_norm: bool = False
+    has_embedding_scale: bool = False
 
     @property
     def kv_size(self) -> int:
@@ -107,6 +102,10 @@ class ModelConfig:
     def query_size(self) -> int:
         """Width of the queries of one token."""
         return self.num_heads * self.head_size
+
+    def window(self, block: int) -> int:
+        """How many tokens a block attends to, its own included; 0 for all."""
+        return self.windows[block] if self.windows else 0
 
 
 def load_model_config(folder: Path) -> ModelConfig:
@@ -139,130 +138,139 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None or not isinstance(name, str):
         raise UnsupportedModel(
-            f"models of the type {name!r} are not supported; supported: {', '.join(FAMILIES)}"
+            f"models of the type {quote(name)} are not supported; supported: {', '.join(FAMILIES)}"
         )
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedModel(f"the activation {activation!r} is not supported in {name} models")
-    hidden_size = _read_int(raw, "hidden_size", MAX_WIDTH)
-    num_heads = _read_int(raw, "num_attention_heads", MAX_WIDTH)
-    num_kv_heads = _read_int(raw, "num_key_value_heads", MAX_WIDTH, default=num_heads)
-    if raw.get("head_dim") is None and hidden_size % num_heads:
-        raise CorruptCheckpoint(f"{num_heads} heads do not divide a hidden size of {hidden_size}")
-    head_size = _read_int(raw, "head_dim", MAX_WIDTH, default=hidden_size // num_heads)
-    if num_heads % num_kv_heads:
-        raise CorruptCheckpoint(f"{num_kv_heads} key-value heads do not divide {num_heads} heads")
-    if head_size % 2:
-        raise CorruptCheckpoint(f"a head size of {head_size} is odd; rotary positions need pairs")
-    max_positions = _read_int(raw, "max_position_embeddings", MAX_POSITIONS, default=2048)
-    _check_sliding_window(raw, family, max_positions)
-    attention_bias = _read_bool(raw, "attention_bias", default=False)
+    raw = _in_llamas_words(raw, family)
+    num_blocks = read_int(raw, "num_hidden_layers", MAX_BLOCKS)
+    max_positions = read_int(raw, "max_position_embeddings", MAX_POSITIONS, default=2048)
+    hidden_size, num_heads, num_kv_heads, head_size = _read_heads(raw, family)
+    experts = _read_experts(raw)
+    attention_bias = read_bool(raw, "attention_bias", default=False)
+    mlp_bias = read_bool(raw, "mlp_bias", default=False)
     return ModelConfig(
         family=name,
-        vocab_size=_read_int(raw, "vocab_size", MAX_VOCABULARY),
+        vocab_size=read_int(raw, "vocab_size", MAX_VOCABULARY),
         hidden_size=hidden_size,
-        num_blocks=_read_int(raw, "num_hidden_layers", MAX_BLOCKS),
+        num_blocks=num_blocks,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
-        ffn_size=_read_int(raw, "intermediate_size", MAX_WIDTH),
-        activation=activation,
-        norm_eps=_read_float(raw, "rms_norm_eps", default=1e-6),
-        rotary=_parse_rotary(raw, max_positions),
+        ffn_size=read_int(raw, "intermediate_size", MAX_WIDTH),
+        activation=family.activation or _read_activation(raw, name),
+        norm=family.norm,
+        norm_eps=read_float(raw, "rms_norm_eps", default=1e-6),
+        rotary=parse_rotary(raw, max_positions) if family.positions == "rotary" else (),
         max_positions=max_positions,
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias if family.output_bias is None else family.output_bias,
-        mlp_bias=(
-            _read_bool(raw, "mlp_bias", default=False)
-            if family.mlp_bias is None
-            else family.mlp_bias
-        ),
-        tie_embeddings=_read_bool(raw, "tie_word_embeddings", default=False),
-        eos_token_ids=_read_eos(raw),
+        mlp_bias=mlp_bias if family.mlp_bias is None else family.mlp_bias,
+        tie_embeddings=read_bool(raw, "tie_word_embeddings", default=False),
+        eos_token_ids=read_eos(raw),
+        windows=_read_windows(raw, family, num_blocks),
+        num_experts=experts[0],
+        experts_per_token=experts[1],
+        wiring=family.wiring,
+        has_query_norm=family.has_query_norm,
+        is_gated=family.is_gated,
+        is_fused=family.is_fused,
+        has_embedding_norm=family.has_embedding_norm,
+        has_embedding_scale=family.has_embedding_scale,
     )
 
 
-def _check_sliding_window(raw: Mapping[str, Any], family: Family, max_positions: int) -> None:
-    window = raw.get("sliding_window")
-    is_used = family.has_sliding_window or bool(raw.get("use_sliding_window"))
-    if window is not None and is_used and isinstance(window, int) and window < max_positions:
+def _in_llamas_words(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The file's values under the names that Llama's files have for them, with the defaults."""
+    values = dict(family.defaults) | dict(raw)
+    for name, keys in family.keys.items():
+        for key in keys:
+            if raw.get(key) is not None:
+                values[name] = raw[key]
+                break
+    return values
+
+
+def _read_heads(raw: Mapping[str, Any], family: Family) -> tuple[int, int, int, int]:
+    """Hidden size, heads, key and value heads, and head size."""
+    hidden_size = read_int(raw, "hidden_size", MAX_WIDTH)
+    num_heads = read_int(raw, "num_attention_heads", MAX_WIDTH)
+    num_kv_heads = read_int(raw, "num_key_value_heads", MAX_WIDTH, default=num_heads)
+    if raw.get("head_dim") is None and hidden_size % num_heads:
+        raise CorruptCheckpoint(f"{num_heads} heads do not divide a hidden size of {hidden_size}")
+    head_size = read_int(raw, "head_dim", MAX_WIDTH, default=hidden_size // num_heads)
+    if num_heads % num_kv_heads:
+        raise CorruptCheckpoint(f"{num_kv_heads} key-value heads do not divide {num_heads} heads")
+    if head_size % 2 and family.positions == "rotary":
+        raise CorruptCheckpoint(f"a head size of {head_size} is odd; rotary positions need pairs")
+    return hidden_size, num_heads, num_kv_heads, head_size
+
+
+def _read_experts(raw: Mapping[str, Any]) -> tuple[int, int]:
+    """How many experts each block has, and how many of them see a token."""
+    return 0, 0
+
+
+def _read_activation(raw: Mapping[str, Any], name: str) -> str:
+    said = raw.get("hidden_act", "silu")
+    activation = _ACTIVATIONS.get(said) if isinstance(said, str) else None
+    if activation is None:
         raise UnsupportedModel(
-            f"a sliding window of {window} tokens is not supported yet; "
-            "models whose window covers all positions are"
+            f"the activation {quote(said)} is not supported in {name} models; "
+            f"supported: {', '.join(_ACTIVATIONS)}"
         )
+    return activation
 
 
-def _parse_rotary(raw: Mapping[str, Any], max_positions: int) -> RotaryConfig:
-    # transformers 5 writes everything under rope_parameters, earlier ones two separate keys.
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(parameters, Mapping):
-        raise CorruptCheckpoint("the rotary parameters in config.json are no JSON object")
-    merged = {"rope_theta": raw.get("rope_theta", 10_000.0), **parameters}
-    theta = _read_float(merged, "rope_theta", default=10_000.0)
-    kind = merged.get("rope_type", merged.get("type", "default"))
-    partial = merged.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1, 1.0):
-        raise UnsupportedModel("rotary positions on a part of each head are not supported yet")
-    if kind == "default":
-        return RotaryConfig(theta=theta)
-    if kind not in ("linear", "llama3"):
+def _read_windows(raw: Mapping[str, Any], family: Family, num_blocks: int) -> tuple[int, ...]:
+    """How many tokens each block attends to; see `ModelConfig.windows`."""
+    if family.windows == "none" or raw.get("sliding_window") is None:
+        window = 0
+    else:
+        window = read_int(raw, "sliding_window", MAX_POSITIONS)
+    if family.windows == "switched" and not read_bool(raw, "use_sliding_window", default=False):
+        window = 0
+    kinds = raw.get("layer_types")
+    if kinds is not None and family.windows != "none":
+        return _windows_of_kinds(kinds, window, family, num_blocks)
+    if not window:
+        return ()
+    if family.windows == "switched":
+        first = raw.get("max_window_layers")
+        if type(first) is not int or first < 0:
+            raise CorruptCheckpoint(
+                f"config.json says max_window_layers = {quote(first)}; a whole number was expected"
+            )
+        windows = [window if block >= first else 0 for block in range(num_blocks)]
+    elif family.windows == "patterned":
+        pattern = read_int(raw, "sliding_window_pattern", MAX_BLOCKS)
+        windows = [window if (block + 1) % pattern else 0 for block in range(num_blocks)]
+    else:
+        windows = [window] * num_blocks
+    return tuple(windows) if any(windows) else ()
+
+
+def _windows_of_kinds(
+    kinds: object, window: int, family: Family, num_blocks: int
+) -> tuple[int, ...]:
+    """Windows where the file says of each block whether it has one."""
+    if not isinstance(kinds, list) or len(kinds) != num_blocks:
+        raise CorruptCheckpoint(
+            f"config.json says layer_types = {quote(kinds)}; "
+            f"the kind of each of {num_blocks} blocks was expected"
+        )
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModel(
+                f"blocks of the kind {quote(kind)} are not supported; "
+                "supported: full_attention, sliding_attention"
+            )
+    has_window = [kind == "sliding_attention" for kind in kinds]
+    if family.windows == "all" and any(has != bool(window) for has in has_window):
         raise UnsupportedModel(
-            f"rotary scaling of the kind {kind!r} is not supported; "
-            "supported: default, linear, llama3"
+            "config.json says that some blocks attend to a sliding window and others do not, which "
+            "is not supported in models of this family"
         )
-    factor = _read_float(merged, "factor", default=1.0)
-    if kind == "linear":
-        return RotaryConfig(theta=theta, scaling="linear", factor=factor)
-    low = _read_float(merged, "low_freq_factor", default=1.0)
-    high = _read_float(merged, "high_freq_factor", default=4.0)
-    if high <= low:
-        raise CorruptCheckpoint(f"rotary high_freq_factor {high} is not over low_freq_factor {low}")
-    return RotaryConfig(
-        theta=theta,
-        scaling="llama3",
-        factor=factor,
-        low_frequency_factor=low,
-        high_frequency_factor=high,
-        original_positions=_read_int(
-            merged, "original_max_position_embeddings", MAX_POSITIONS, default=max_positions
-        ),
-    )
-
-
-def _read_int(raw: Mapping[str, Any], key: str, most: int, *, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if type(value) is not int or not 1 <= value <= most:
+    if any(has_window) and not window:
         raise CorruptCheckpoint(
-            f"config.json says {key} = {value!r}; a whole number from 1 to {most} was expected"
+            "config.json says that blocks attend to a sliding window, and not how long it is"
         )
-    return value
-
-
-def _read_float(raw: Mapping[str, Any], key: str, *, default: float) -> float:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        raise CorruptCheckpoint(
-            f"config.json says {key} = {value!r}; a positive number was expected"
-        )
-    return float(value)
-
-
-def _read_bool(raw: Mapping[str, Any], key: str, *, default: bool) -> bool:
-    value = raw.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise CorruptCheckpoint(f"config.json says {key} = {value!r}; true or false was expected")
-    return value
-
-
-def _read_eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    value = raw.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise CorruptCheckpoint(f"config.json says eos_token_id = {value!r}; token ids expected")
-    return tuple(ids)
+    return tuple(window if has else 0 for has in has_window) if any(has_window) else ()

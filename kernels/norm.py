@@ -1,12 +1,45 @@
-"""Normalisation of hidden states."""
+"""Normalisation of hidden states, or of each head's query and key.
+
+Shapes: S rows, D their width.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from kernels.model_config import ModelConfig
+
+
+class Norm(Protocol):
+    """A normalisation with its weights."""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Its weights."""
+
+    def apply(self, x_SD: torch.Tensor) -> torch.Tensor:
+        """The normalised rows, ``[S, D]``; differentiable with respect to the input."""
+
+
+def make_norm(config: ModelConfig, tensors: Mapping[str, torch.Tensor], name: str) -> Norm:
+    """A norm of a model's kind.
+
+    Args:
+        config: of the model.
+        tensors: its weights, and others, by their names in the checkpoint.
+        name: of the norm there.
+    """
+    weight_D = tensors[f"{name}.weight"]
+    if config.norm == "layer":
+        return LayerNorm(weight_D, tensors[f"{name}.bias"], config.norm_eps)
+    if config.norm == "rms_shifted":
+        return ShiftedRMSNorm(weight_D, config.norm_eps)
+    return RMSNorm(weight_D, config.norm_eps)
 
 
 class RMSNorm:
@@ -23,6 +56,11 @@ class RMSNorm:
         self.weight_D = weight_D
         self._eps = eps
         self._shape = (weight_D.shape[0],)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Its weights."""
+        return (self.weight_D,)
 
     def apply(self, x_SD: torch.Tensor) -> torch.Tensor:
         """The normalised rows, ``[S, D]``; differentiable with respect to the input."""
@@ -53,6 +91,52 @@ class RMSNorm:
         along_S1 = (of_normed_SD * normed_SD).mean(dim=-1, keepdim=True)
         of_normed_SD.addcmul_(normed_SD, along_S1, value=-1).mul_(scale_S1)
         return of_normed_SD.to(gradient_SD.dtype)
+
+
+class ShiftedRMSNorm(RMSNorm):
+    """An `RMSNorm` as Gemma has it: the gain is one more than the checkpoint's weight.
+
+    Args:
+        weight_D: the gain less one.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
+        # In float32, for Gemma rounds to the dtype only after the gain.
+        wide = torch.promote_types(weight_D.dtype, torch.float32)
+        super().__init__(1 + weight_D.detach().to(wide), eps)
+
+    def normalise(self, x_SD: torch.Tensor) -> torch.Tensor:
+        """`apply` without a gradient."""
+        normed_SD = F.rms_norm(x_SD.to(self.weight_D.dtype), self._shape, self.weight_D, self._eps)
+        return normed_SD.to(x_SD.dtype)
+
+
+class LayerNorm:
+    """Mean and variance normalised.
+
+    Source: Ba et al. 2016, arXiv:1607.06450.
+
+    Args:
+        weight_D: the gain.
+        bias_D: what is added.
+        eps: added to the variance.
+    """
+
+    def __init__(self, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float) -> None:
+        self._weight_D = weight_D
+        self._bias_D = bias_D
+        self._eps = eps
+        self._shape = (weight_D.shape[0],)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Its weights."""
+        return self._weight_D, self._bias_D
+
+    def apply(self, x_SD: torch.Tensor) -> torch.Tensor:
+        """The normalised rows, ``[S, D]``; differentiable with respect to the input."""
+        return F.layer_norm(x_SD, self._shape, self._weight_D, self._bias_D, self._eps)
 
 
 class _Normalisation(torch.autograd.Function):

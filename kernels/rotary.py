@@ -12,14 +12,30 @@ Source: Su et al. 2021, arXiv:2104.09864; the scaling of Llama 3.1, its publishe
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.model_config import RotaryConfig
+from kernels.rotary_config import RotaryConfig
 
 _FIRST_POSITIONS = 2048
+
+Positions = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+"""Cosines and signed sines of tokens, for each of a model's kinds of rotary positions."""
+
+
+class Placed(Protocol):
+    """Consecutive tokens of a sequence."""
+
+    @property
+    def length(self) -> int:
+        """How many came before them."""
+
+    @property
+    def tokens(self) -> int:
+        """How many they are."""
 
 
 def rotary_frequencies(config: RotaryConfig, head_size: int) -> torch.Tensor:
@@ -73,6 +89,11 @@ class RotaryTable:
             with torch.inference_mode(False):  # a backward pass may come to need them
                 self._grow(max(end, 2 * self._cos_PH.shape[0]))
         return self._cos_PH[start:end].unsqueeze(1), self._sin_PH[start:end].unsqueeze(1)
+
+    def at_places(self, places: Sequence[Placed]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `at`, for tokens of several sequences, one sequence after the other."""
+        parts = [self.at(place.length, place.tokens) for place in places]
+        return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
 
     def _grow(self, positions: int) -> None:
         is_double = self._dtype == torch.float64

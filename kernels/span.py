@@ -22,7 +22,7 @@ from kernels.kv_cache import SequenceCache
 from kernels.layer_loader import LayerLoader
 from kernels.model_config import ModelConfig
 from kernels.quant.formats import UNQUANTISED
-from kernels.rotary import RotaryTable
+from kernels.rotary import Positions, RotaryTable
 from kernels.weight_names import block_shapes
 
 
@@ -57,7 +57,10 @@ class Span:
         self.dtype = dtype
         self.device = device
         self._blocks = tuple(blocks)
-        self._rotary = RotaryTable(config.rotary, config.head_size, dtype=dtype, device=device)
+        self._tables = [
+            RotaryTable(rotary, config.head_size, dtype=dtype, device=device)
+            for rotary in config.rotary
+        ]
 
     @property
     def weight_bytes(self) -> int:
@@ -150,14 +153,14 @@ class Span:
         """One of its blocks, by its absolute number."""
         return self._blocks[number - self.start]
 
-    def positions(self, tokens: int, *, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def positions(self, tokens: int, *, offset: int = 0) -> Positions:
         """Cosines and sines of a sequence's tokens, ``[tokens, 1, H]`` each.
 
         Args:
             tokens: how many.
             offset: position of the first one.
         """
-        return self._rotary.at(offset, tokens)
+        return tuple(table.at(offset, tokens) for table in self._tables)
 
     def write_prefixes(self, cache: SequenceCache, adapters: Sequence[SpanAdapter]) -> None:
         """Makes the adapters' prefixes the first tokens of an empty cache.
@@ -190,11 +193,10 @@ class Span:
             raise ValueError(f"blocks {first}:{last} are not within {self.start}:{self.end}")
         return first - self.start, last - self.start
 
-    def _positions(self, places: Sequence[Place]) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [self._rotary.at(place.length, place.tokens) for place in places]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
+    def _positions(self, places: Sequence[Place]) -> Positions:
+        if len(places) == 1:
+            return self.positions(places[0].tokens, offset=places[0].length)
+        return tuple(table.at_places(places) for table in self._tables)
 
 
 def add_prefix_to_mask(mask_BS: torch.Tensor | None, prefix_tokens: int) -> torch.Tensor | None:

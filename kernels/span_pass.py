@@ -22,6 +22,7 @@ import torch
 from kernels.adapter import SpanAdapter
 from kernels.errors import OutOfDeviceMemory
 from kernels.model_config import ModelConfig
+from kernels.rotary import Positions
 from kernels.span import Span, add_prefix_to_mask
 
 
@@ -156,7 +157,7 @@ class _Runner:
 
     span: Span
     work: PassWork
-    _positions: tuple[torch.Tensor, torch.Tensor] = field(init=False)
+    _positions: Positions = field(init=False)
     _mask_BT: torch.Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:

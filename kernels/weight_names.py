@@ -6,18 +6,26 @@ which the block joins them, so that reading a checkpoint needs no knowledge of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels.model_config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightNames:
-    """A family's names; ``{block}`` stands for the block's number.
+    """A family's names; ``{block}`` stands for the block's number, ``{expert}`` for the expert's.
+
+    What a family has not is empty.
 
     Attributes:
-        qkv: query, key and value projections.
-        gate_up: the MLP's gate and up projections.
+        qkv: query, key and value projections, or the one matrix that has them all.
+        query_norm: of each head's query.
+        key_norm: likewise.
+        output_norm: of what attention gives.
+        gate_up: the MLP's, or each expert's, gate and up projections; or up alone.
+        down_norm: of what the MLP gives.
+        router: which chooses the experts.
+        embedding_norm: of the embeddings.
     """
 
     embedding: str
@@ -29,6 +37,12 @@ class WeightNames:
     mlp_norm: str
     gate_up: tuple[str, ...]
     down: str
+    query_norm: str = ""
+    key_norm: str = ""
+    output_norm: str = ""
+    down_norm: str = ""
+    router: str = ""
+    embedding_norm: str = ""
 
 
 _LLAMA = WeightNames(
@@ -47,22 +61,36 @@ _LLAMA = WeightNames(
     down="model.layers.{block}.mlp.down_proj",
 )
 
-WEIGHT_NAMES: dict[str, WeightNames] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
+_QWEN3 = replace(
+    _LLAMA,
+    query_norm="model.layers.{block}.self_attn.q_norm",
+    key_norm="model.layers.{block}.self_attn.k_norm",
+)
+
+_WEIGHT_NAMES: dict[str, WeightNames] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _QWEN3,
+}
+
+
+def names_of(config: ModelConfig) -> WeightNames:
+    """The names of a model's tensors."""
+    return _WEIGHT_NAMES[config.family]
 
 
 def linear_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Width in and out of a block's linear layers, by the last part of their checkpoint names.
 
-    These are the names that PEFT calls target modules.
+    These are the names that PEFT calls target modules. Experts' layers are not among them: PEFT
+    does not know them as linear layers.
     """
-    names = WEIGHT_NAMES[config.family]
-    hidden, ffn = config.hidden_size, config.ffn_size
-    outs = (config.query_size, config.kv_size, config.kv_size)
-    sizes = {name: (hidden, out) for name, out in zip(names.qkv, outs, strict=True)}
-    sizes[names.output] = (config.query_size, hidden)
-    sizes |= dict.fromkeys(names.gate_up, (hidden, ffn))
-    sizes[names.down] = (ffn, hidden)
-    return {short_name(name): size for name, size in sizes.items()}
+    return {
+        short_name(name): (size_in, size_out)
+        for name, size_in, size_out, _ in _linears(config)
+        if "{expert}" not in name
+    }
 
 
 def linear_names(config: ModelConfig) -> tuple[str, ...]:
@@ -70,8 +98,7 @@ def linear_names(config: ModelConfig) -> tuple[str, ...]:
 
     In the order of `linear_sizes`.
     """
-    names = WEIGHT_NAMES[config.family]
-    return (*names.qkv, names.output, *names.gate_up, names.down)
+    return tuple(name for name, *_ in _linears(config) if "{expert}" not in name)
 
 
 def short_name(name: str) -> str:
@@ -81,23 +108,45 @@ def short_name(name: str) -> str:
 
 def block_shapes(config: ModelConfig, block: int) -> dict[str, tuple[int, ...]]:
     """Every tensor of a block, by its name in the checkpoint, with its shape there."""
-    names = WEIGHT_NAMES[config.family]
-    hidden, ffn = config.hidden_size, config.ffn_size
-    sizes = (config.query_size, config.kv_size, config.kv_size)
-    linears = [
-        *(
-            (name, size, hidden, config.qkv_bias)
-            for name, size in zip(names.qkv, sizes, strict=True)
-        ),
-        (names.output, hidden, config.query_size, config.output_bias),
-        *((name, ffn, hidden, config.mlp_bias) for name in names.gate_up),
-        (names.down, hidden, ffn, config.mlp_bias),
-    ]
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{name}.weight": (hidden,) for name in (names.input_norm, names.mlp_norm)
-    }
-    for name, size_out, size_in, has_bias in linears:
-        shapes[f"{name}.weight"] = (size_out, size_in)
-        if has_bias:
-            shapes[f"{name}.bias"] = (size_out,)
+    names = names_of(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for norm in (names.input_norm, names.mlp_norm, names.output_norm, names.down_norm):
+        shapes |= norm_shapes(config, norm)
+    for norm in (names.query_norm, names.key_norm):
+        shapes |= norm_shapes(config, norm, config.head_size)
+    if names.router:
+        shapes[f"{names.router}.weight"] = (config.num_experts, config.hidden_size)
+    for name, size_in, size_out, has_bias in _linears(config):
+        for expert in range(max(1, config.num_experts) if "{expert}" in name else 1):
+            label = name.replace("{expert}", str(expert))
+            shapes[f"{label}.weight"] = (size_out, size_in)
+            if has_bias:
+                shapes[f"{label}.bias"] = (size_out,)
     return {name.format(block=block): shape for name, shape in shapes.items()}
+
+
+def norm_shapes(config: ModelConfig, name: str, width: int = 0) -> dict[str, tuple[int, ...]]:
+    """The tensors of a norm; nothing where it has no name.
+
+    Args:
+        config: of the model.
+        name: in the checkpoint.
+        width: of what it normalises; the hidden size by default.
+    """
+    parts = () if not name else ("weight", "bias") if config.norm == "layer" else ("weight",)
+    return {f"{name}.{part}": (width or config.hidden_size,) for part in parts}
+
+
+def _linears(config: ModelConfig) -> list[tuple[str, int, int, bool]]:
+    """A block's linear layers: names, widths in and out, and whether they have biases."""
+    names = names_of(config)
+    hidden, ffn = config.hidden_size, config.ffn_size
+    outs = [config.query_size, config.kv_size, config.kv_size]
+    if config.is_fused:
+        outs = [sum(outs)]
+    return [
+        *((name, hidden, out, config.qkv_bias) for name, out in zip(names.qkv, outs, strict=True)),
+        (names.output, config.query_size, hidden, config.output_bias),
+        *((name, hidden, ffn, config.mlp_bias) for name in names.gate_up),
+        (names.down, ffn, hidden, config.mlp_bias),
+    ]

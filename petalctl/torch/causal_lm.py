@@ -21,7 +21,7 @@ from kernels.checkpoint import Checkpoint
 from kernels.model_config import ModelConfig, load_model_config
 from kernels.model_store import find_model
 from kernels.norm import RMSNorm
-from kernels.weight_names import WEIGHT_NAMES
+from kernels.weight_names import names_of
 from petalctl.passes import TrainingClient
 from petalctl.torch.adapters import RemoteAdapter
 from petalctl.torch.blocks import OnProgress, RemoteBlocks
@@ -366,7 +366,7 @@ def load_config(name: str) -> ModelConfig:
 
 def _load_ends(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     config = checkpoint.config
-    names = WEIGHT_NAMES[config.family]
+    names = names_of(config)
     matrix = (config.vocab_size, config.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {
         f"{names.embedding}.weight": matrix,

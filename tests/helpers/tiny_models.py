@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 SHAPE: dict[str, Any] = {
@@ -48,20 +50,20 @@ FAMILIES = (
     "llama-multi-head",
     "llama-wide-heads",
     "mistral",
+    "mistral-window",
     "qwen2",
+    "qwen2-window",
+    "qwen3",
+    "qwen3-window",
 )
+"""Windows are shorter than the tests' sequences, those of the passes included."""
 
 
 def make_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random float32 model of a kind in `FAMILIES`."""
     torch.manual_seed(seed)
-    shape = SHAPE | changes
-    if name == "mistral":
-        model: PreTrainedModel = MistralForCausalLM(MistralConfig(**shape, sliding_window=None))
-    elif name == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**shape))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**(shape | _llama_changes(name))))
+    make, config, settings = _KINDS[name]
+    model: PreTrainedModel = make(config(**(SHAPE | settings | changes)))
     with torch.no_grad():  # gains and biases that do something
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -77,15 +79,49 @@ def save_model(model: PreTrainedModel, folder: Path, *, max_shard_size: str = "1
     return folder
 
 
-def _llama_changes(name: str) -> dict[str, Any]:
-    return {
-        "llama": {},
-        "llama-tied": {"tie_word_embeddings": True},
-        "llama-llama3-rope": {"rope_parameters": LLAMA3_SCALING},
-        "llama-linear-rope": {
-            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+def layers_of(model: Any) -> Any:
+    """The decoder layers of a model."""
+    return model.base_model.layers
+
+
+def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What a model's ends make of its last layer's output."""
+    logits: torch.Tensor = model.lm_head(model.base_model.norm(hidden))
+    return logits
+
+
+def _llama(**settings: Any) -> tuple[Any, Any, dict[str, Any]]:
+    return LlamaForCausalLM, LlamaConfig, settings
+
+
+_KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": _llama(),
+    "llama-tied": _llama(tie_word_embeddings=True),
+    "llama-llama3-rope": _llama(rope_parameters=LLAMA3_SCALING),
+    "llama-linear-rope": _llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "llama-biases": _llama(attention_bias=True, mlp_bias=True),
+    "llama-multi-head": _llama(num_key_value_heads=6),
+    "llama-wide-heads": _llama(head_dim=16),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen2-window": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
+    ),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "qwen3-window": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {
+            "head_dim": 10,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
-        "llama-biases": {"attention_bias": True, "mlp_bias": True},
-        "llama-multi-head": {"num_key_value_heads": 6},
-        "llama-wide-heads": {"head_dim": 16},
-    }[name]
+    ),
+}

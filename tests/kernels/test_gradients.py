@@ -19,9 +19,10 @@ from kernels.adapter_form import AdapterForm, row_elements
 from kernels.checkpoint import Checkpoint
 from kernels.span import Span, load_span
 from kernels.span_pass import PassGradients, PassWork, run_backward, run_forward
+from kernels.weight_names import linear_sizes
 from tests.helpers.peft_reference import PEFT_KINDS, PeftReference
 from tests.helpers.run_out import run_out
-from tests.helpers.tiny_models import FAMILIES, make_model, save_model
+from tests.helpers.tiny_models import FAMILIES, logits_of, make_model, save_model
 
 CPU = torch.device("cpu")
 TOKENS = 7
@@ -59,8 +60,7 @@ class Case:
         return [self.load(*pair) for pair in itertools.pairwise(cut)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.reference.lm_head(self.reference.model.norm(hidden))
-        return logits
+        return logits_of(self.reference, hidden)
 
     def output_gradient(self, output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The loss's gradient with respect to what the last block gives."""
@@ -234,7 +234,7 @@ def check_numerically(span: Span, form: AdapterForm, *, fast: bool) -> None:
 
 
 def every_part(span: Span) -> AdapterForm:
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets = tuple(linear_sizes(span.config))
     return AdapterForm(targets=targets, rank=1, scaling=0.7, prefix_tokens=2)
 
 

@@ -7,9 +7,9 @@ import torch
 
 from kernels.adapter import LowRankPair, add_pairs
 from kernels.mlp import gate
-from kernels.model_config import RotaryConfig
 from kernels.norm import RMSNorm
 from kernels.rotary import RotaryTable, rotate
+from kernels.rotary_config import RotaryConfig
 
 CPU = torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,16 @@ from kernels.errors import BadAdapter, OutOfDeviceMemory
 from kernels.kv_cache import CacheArena, SequenceCache
 from kernels.span import Segment, Span, load_span
 from kernels.span_pass import PassGradients, PassWork, graph_bytes, run_backward, run_forward
+from kernels.weight_names import linear_sizes
 from tests.helpers.run_out import run_out
 from tests.helpers.tiny_models import FAMILIES, make_model, save_model
 
 CPU = torch.device("cpu")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PAIRS = AdapterForm(targets=TARGETS, rank=2, scaling=0.5)
-SOME_PAIRS = AdapterForm(targets=("v_proj", "gate_proj"), rank=3, scaling=2.0)
+# The targets are filled in by family: all, some, or the first and the last.
+PAIRS = AdapterForm(targets=("all",), rank=2, scaling=0.5)
+SOME_PAIRS = AdapterForm(targets=("some",), rank=3, scaling=2.0)
 PREFIX = AdapterForm(prefix_tokens=5)
-BOTH = AdapterForm(targets=("q_proj", "down_proj"), rank=1, scaling=1.0, prefix_tokens=2)
+BOTH = AdapterForm(targets=("ends",), rank=1, scaling=1.0, prefix_tokens=2)
 TOKENS = 19
 
 
@@ -37,7 +39,14 @@ class Case:
     def load(self, dtype: torch.dtype) -> Span:
         return load_span(self.checkpoint, 1, 4, dtype=dtype, device=CPU)
 
+    def form(self, form: AdapterForm) -> AdapterForm:
+        """With this family's targets in the place of what stands for them."""
+        known = tuple(linear_sizes(self.config))
+        targets = {"all": known, "some": known[2:5:2], "ends": (known[0], known[-1])}
+        return replace(form, targets=targets[form.targets[0]] if form.targets else ())
+
     def adapter(self, form: AdapterForm, seed: int = 1, start: int = 1) -> SpanAdapter:
+        form = self.form(form)
         generator = torch.Generator().manual_seed(seed)
         shape = (4 - start, row_elements(self.config, form))
         return SpanAdapter(self.config, form, start, 0.3 * torch.randn(shape, generator=generator))
@@ -127,7 +136,7 @@ def test_a_hosted_adapter_beside_the_trained_one(case: Case) -> None:
     inputs = case.hidden(2).requires_grad_()
     gradient = case.hidden(2, seed=3)
     output = case.span.forward(
-        inputs, adapters=[hosted, SpanAdapter(case.config, PAIRS, 0, values)]
+        inputs, adapters=[hosted, SpanAdapter(case.config, trained.form, 0, values)]
     )
     output.backward(gradient)
     assert inputs.grad is not None
@@ -172,7 +181,7 @@ def test_all_padding_gives_finite_numbers(
 ) -> None:
     span = llama.load(dtype)
     values = llama.adapter(form).values_LE.to(dtype)
-    trained = SpanAdapter(llama.config, form, 1, values)
+    trained = SpanAdapter(llama.config, llama.form(form), 1, values)
     mask = torch.zeros(2, TOKENS, dtype=torch.bool)
     mask[1, 3:9] = True
     hidden, gradient = llama.hidden(2).to(dtype), llama.hidden(2, seed=3).to(dtype)
@@ -190,7 +199,7 @@ def test_gradients_of_sixteen_bits_are_near(case: Case, dtype: torch.dtype) -> N
     trained = case.adapter(PAIRS)
     hidden, gradient = case.hidden(2), case.hidden(2, seed=3)
     _, expected = both_ways(case.span, case.work(hidden, trained=trained), gradient)
-    rounded = SpanAdapter(case.config, PAIRS, 1, trained.values_LE.to(dtype))
+    rounded = SpanAdapter(case.config, trained.form, 1, trained.values_LE.to(dtype))
     work = case.work(hidden.to(dtype), trained=rounded)
     _, ours = both_ways(span, work, gradient.to(dtype))
     assert expected.adapter_LE is not None
@@ -207,7 +216,7 @@ def test_only_a_part_of_the_span(case: Case) -> None:
     work = PassWork(hidden_BSD=case.hidden(2), start=2, end=3, trained=trained)
     inputs = case.hidden(2).requires_grad_()
     values = trained.values_LE.clone().requires_grad_()
-    adapter = SpanAdapter(case.config, PAIRS, 1, values)
+    adapter = SpanAdapter(case.config, trained.form, 1, values)
     output = case.span.forward(inputs, start=2, end=3, adapters=[adapter])
     output.backward(case.hidden(2, seed=3))
     ours, gradients = both_ways(case.span, work, case.hidden(2, seed=3))
@@ -242,13 +251,10 @@ def kept_bytes(span: Span, work: PassWork) -> int:
 
     block = span.block(work.start)
     known = {
-        tensor.untyped_storage().data_ptr()
-        for linear in (block._qkv, block._output, *block._mlp.linears)
-        for tensor in linear.tensors
+        tensor.untyped_storage().data_ptr() for linear in block.linears for tensor in linear.tensors
     }
-    for norm in (block._input_norm, block._mlp_norm):
-        known.add(norm.weight_D.untyped_storage().data_ptr())
-    known.update(part.untyped_storage().data_ptr() for part in span.positions(1))
+    known.update(tensor.untyped_storage().data_ptr() for tensor in block.tensors)
+    known.update(part.untyped_storage().data_ptr() for pair in span.positions(1) for part in pair)
     adapters = [] if work.trained is None else [work.trained]
     for adapter in adapters:
         adapter.values_LE.requires_grad_()
@@ -275,7 +281,7 @@ def test_what_a_graph_keeps_is_as_foretold(
     trained = None
     if adapter is not None:
         values = case.adapter(adapter).values_LE.to(dtype)
-        trained = SpanAdapter(case.config, adapter, 1, values)
+        trained = SpanAdapter(case.config, case.form(adapter), 1, values)
     mask = torch.ones(2, 64, dtype=torch.bool) if is_masked else None
     work = case.work(case.hidden(2, 64).to(dtype), trained=trained, mask=mask)
     kept = kept_bytes(span, work)
@@ -314,7 +320,7 @@ def test_a_pass_of_what_inference_mode_made(llama: Case) -> None:
     with torch.inference_mode():
         hidden = llama.hidden(2) * 1
         values = llama.adapter(PAIRS).values_LE * 1
-    trained = SpanAdapter(llama.config, PAIRS, 1, values)
+    trained = SpanAdapter(llama.config, llama.form(PAIRS), 1, values)
     output, gradients = both_ways(llama.span, llama.work(hidden, trained=trained), hidden)
     like = llama.work(llama.hidden(2), trained=llama.adapter(PAIRS))
     expected, of_expected = both_ways(llama.span, like, llama.hidden(2))
@@ -343,6 +349,7 @@ def test_a_form_that_does_not_fit(llama: Case, form: AdapterForm, text: str) -> 
 
 
 def test_numbers_that_do_not_fit(llama: Case) -> None:
-    for shape in ((row_elements(llama.config, PAIRS),), (3, 5)):
+    form = llama.form(PAIRS)
+    for shape in ((row_elements(llama.config, form),), (3, 5)):
         with pytest.raises(BadAdapter, match="shape"):
-            SpanAdapter(llama.config, PAIRS, 0, torch.zeros(shape))
+            SpanAdapter(llama.config, form, 0, torch.zeros(shape))

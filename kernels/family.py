@@ -1,0 +1,76 @@
+"""What all models of a family have in common. Standard library only.
+
+A family is a row of `FAMILIES`: which parts its blocks have, what its ``config.json`` calls things,
+and what holds where the file is silent. Under which names its checkpoints keep their tensors is in
+`kernels.weight_names`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """A row.
+
+    Attributes:
+        qkv_bias: whether the projections have biases; none where the file says it.
+        output_bias: of the attention's output projection, likewise.
+        mlp_bias: of the MLP, likewise.
+        norm: ``rms``, ``rms_shifted`` (the gain is one more than the checkpoint's), or ``layer``.
+        has_query_norm: whether each head's query and key are normalised.
+        is_gated: whether the MLP has a gate.
+        activation: its function where the file cannot choose it; else empty.
+        windows: which blocks attend to a window only: ``none``; ``all``; ``switched``, those from
+            ``max_window_layers`` on if ``use_sliding_window`` says so; or ``patterned``, all but
+            every ``sliding_window_pattern``-th.
+        positions: ``rotary`` or ``alibi``.
+        wiring: how the parts are joined, see `kernels.block.DecoderBlock`.
+        is_fused: whether query, key and value projections are one matrix, head by head.
+        has_embedding_norm: whether embeddings are normalised.
+        has_embedding_scale: whether embeddings are multiplied with the root of their width.
+        keys: what the file calls a value, where it is not what Llama's calls it.
+        defaults: of values that the file lacks.
+        inner: the key of the object that has the values; empty where the file itself has them.
+    """
+
+    qkv_bias: bool | None = None
+    output_bias: bool | None = None
+    mlp_bias: bool | None = None
+    norm: str = "rms"
+    has_query_norm: bool = False
+    is_gated: bool = True
+    activation: str = ""
+    windows: str = "none"
+    positions: str = "rotary"
+    wiring: str = "sequential"
+    is_fused: bool = False
+    has_embedding_norm: bool = False
+    has_embedding_scale: bool = False
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    inner: str = ""
+
+
+_NO_BIAS: dict[str, Any] = {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(**_NO_BIAS, windows="all"),
+    "qwen2": Family(
+        qkv_bias=True,
+        output_bias=False,
+        mlp_bias=False,
+        windows="switched",
+        defaults={"sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "qwen3": Family(
+        mlp_bias=False,
+        has_query_norm=True,
+        windows="switched",
+        defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+}
