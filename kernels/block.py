@@ -17,6 +17,7 @@ import torch
 
 from kernels.adapter import BlockAdapter
 from kernels.attention import Attention, WindowAttention
+from kernels.experts import Experts
 from kernels.linear import Linear
 from kernels.mlp import MLP, FeedForward
 from kernels.model_config import ModelConfig
@@ -72,11 +73,16 @@ class DecoderBlock:
     ) -> None:
         names = names_of(config)
 
-        def linear(*parts: str) -> Linear:
-            return make_linear([part.format(block=block) for part in parts])
+        def linear(*parts: str, expert: int = 0) -> Linear:
+            return make_linear([part.format(block=block, expert=expert) for part in parts])
 
         def norm(part: str) -> Norm | None:
             return make_norm(config, tensors, part.format(block=block)) if part else None
+
+        def mlp(expert: int = 0) -> MLP:
+            up = linear(*names.gate_up, expert=expert)
+            down = linear(names.down, expert=expert)
+            return MLP(up, down, config.activation, is_gated=config.is_gated)
 
         input_norm = norm(names.input_norm)
         assert input_norm is not None
@@ -88,12 +94,13 @@ class DecoderBlock:
         self._output = linear(names.output)
         self._output_norm = norm(names.output_norm)
         self._mlp_norm = norm(names.mlp_norm)
-        self._mlp: FeedForward = MLP(
-            linear(*names.gate_up),
-            linear(names.down),
-            config.activation,
-            is_gated=config.is_gated,
-        )
+        self._mlp: FeedForward
+        if config.num_experts:
+            router_XD = tensors[f"{names.router.format(block=block)}.weight"]
+            experts = [mlp(expert) for expert in range(config.num_experts)]
+            self._mlp = Experts(router_XD, experts, config.experts_per_token)
+        else:
+            self._mlp = mlp()
         self._down_norm = norm(names.down_norm)
         self._finish = {
             "sequential": self._finish_in_turn,

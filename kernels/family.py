@@ -23,6 +23,7 @@ class Family:
         norm: ``rms``, ``rms_shifted`` (the gain is one more than the checkpoint's), or ``layer``.
         has_query_norm: whether each head's query and key are normalised.
         is_gated: whether the MLP has a gate.
+        has_experts: whether blocks have several MLPs, and a router.
         activation: its function where the file cannot choose it; else empty.
         windows: which blocks attend to a window only: ``none``; ``all``; ``switched``, those from
             ``max_window_layers`` on if ``use_sliding_window`` says so; or ``patterned``, all but
@@ -43,6 +44,7 @@ class Family:
     norm: str = "rms"
     has_query_norm: bool = False
     is_gated: bool = True
+    has_experts: bool = False
     activation: str = ""
     windows: str = "none"
     positions: str = "rotary"
@@ -60,6 +62,12 @@ _NO_BIAS: dict[str, Any] = {"qkv_bias": False, "output_bias": False, "mlp_bias":
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(**_NO_BIAS, windows="all"),
+    "mixtral": Family(
+        **_NO_BIAS,
+        windows="all",
+        has_experts=True,
+        defaults={"rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
     "qwen2": Family(
         qkv_bias=True,
         output_bias=False,

@@ -16,6 +16,7 @@ from typing import Any
 
 from kernels.config_values import (
     MAX_BLOCKS,
+    MAX_EXPERTS,
     MAX_POSITIONS,
     MAX_VOCABULARY,
     MAX_WIDTH,
@@ -144,7 +145,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     num_blocks = read_int(raw, "num_hidden_layers", MAX_BLOCKS)
     max_positions = read_int(raw, "max_position_embeddings", MAX_POSITIONS, default=2048)
     hidden_size, num_heads, num_kv_heads, head_size = _read_heads(raw, family)
-    experts = _read_experts(raw)
+    num_experts, experts_per_token = _read_experts(raw) if family.has_experts else (0, 0)
     attention_bias = read_bool(raw, "attention_bias", default=False)
     mlp_bias = read_bool(raw, "mlp_bias", default=False)
     return ModelConfig(
@@ -167,8 +168,8 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         tie_embeddings=read_bool(raw, "tie_word_embeddings", default=False),
         eos_token_ids=read_eos(raw),
         windows=_read_windows(raw, family, num_blocks),
-        num_experts=experts[0],
-        experts_per_token=experts[1],
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
         wiring=family.wiring,
         has_query_norm=family.has_query_norm,
         is_gated=family.is_gated,
@@ -206,7 +207,8 @@ def _read_heads(raw: Mapping[str, Any], family: Family) -> tuple[int, int, int, 
 
 def _read_experts(raw: Mapping[str, Any]) -> tuple[int, int]:
     """How many experts each block has, and how many of them see a token."""
-    return 0, 0
+    count = read_int(raw, "num_local_experts", MAX_EXPERTS)
+    return count, read_int(raw, "num_experts_per_tok", count)
 
 
 def _read_activation(raw: Mapping[str, Any], name: str) -> str:

@@ -65,11 +65,14 @@ def graph_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
     Counted in `kernels.block`, where an adapter has pairs everywhere: both norms' inputs and
     outputs, query and key, the repeated keys and values, attention's output, and of the MLP gate,
-    up and their product. Without pairs it is a third less. ``tests/kernels/test_span_pass.py``
-    holds it against what torch keeps.
+    up and their product, for each expert that sees the token, with its input and output. Without
+    pairs it is a third less. ``tests/kernels/test_span_pass.py`` holds it against what torch keeps.
     """
     attention = 4 * config.query_size + config.kv_size
-    return dtype.itemsize * (4 * config.hidden_size + attention + 3 * config.ffn_size)
+    mlp = 3 * config.ffn_size
+    if config.num_experts:
+        mlp = config.experts_per_token * (mlp + 2 * config.hidden_size)
+    return dtype.itemsize * (4 * config.hidden_size + attention + mlp)
 
 
 def run_forward(span: Span, work: PassWork) -> Generator[None, None, torch.Tensor]:

@@ -61,6 +61,16 @@ _LLAMA = WeightNames(
     down="model.layers.{block}.mlp.down_proj",
 )
 
+_MIXTRAL = replace(
+    _LLAMA,
+    router="model.layers.{block}.block_sparse_moe.gate",
+    gate_up=(
+        "model.layers.{block}.block_sparse_moe.experts.{expert}.w1",
+        "model.layers.{block}.block_sparse_moe.experts.{expert}.w3",
+    ),
+    down="model.layers.{block}.block_sparse_moe.experts.{expert}.w2",
+)
+
 _QWEN3 = replace(
     _LLAMA,
     query_norm="model.layers.{block}.self_attn.q_norm",
@@ -70,6 +80,7 @@ _QWEN3 = replace(
 _WEIGHT_NAMES: dict[str, WeightNames] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _MIXTRAL,
     "qwen2": _LLAMA,
     "qwen3": _QWEN3,
 }
