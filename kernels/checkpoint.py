@@ -43,13 +43,6 @@ class Checkpoint:
         """The names of a block's tensors, as the checkpoint has them."""
         return tuple(block_shapes(self.config, block))
 
-    def block_bytes(self, block: int, dtype: torch.dtype) -> int:
-        """The memory that a block's weights take in a dtype."""
-        elements = sum(
-            torch.Size(shape).numel() for shape in block_shapes(self.config, block).values()
-        )
-        return elements * dtype.itemsize
-
     def load_tensors(
         self, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
     ) -> dict[str, torch.Tensor]:

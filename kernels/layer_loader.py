@@ -9,12 +9,14 @@ Shapes: I width in, O width out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from kernels.checkpoint import TensorReader
 from kernels.linear import DenseLinear, Linear
+from kernels.model_config import ModelConfig
 from kernels.quant.formats import (
     FORMATS,
     UNQUANTISED,
@@ -23,7 +25,7 @@ from kernels.quant.formats import (
     quantise_parts,
 )
 from kernels.quant.linear import QuantisedLinear
-from kernels.weight_names import short_name
+from kernels.weight_names import block_shapes, layer_weights, short_name
 
 
 class LayerLoader(Mapping[str, torch.Tensor]):
@@ -96,3 +98,22 @@ class LayerLoader(Mapping[str, torch.Tensor]):
         """A weight as its file has it, on the device."""
         full_name = f"{name}.weight"
         return self._reader.read_numbers(full_name, self._shapes[full_name]).to(self._device)
+
+
+def block_bytes(config: ModelConfig, block: int, *, dtype: torch.dtype, quant: str) -> int:
+    """The memory that a block's weights will take, about.
+
+    Args:
+        config: of the model.
+        block: its number.
+        dtype: of what is not quantised.
+        quant: name of the format of the layers; a checkpoint that is quantised itself takes less.
+    """
+    shapes = block_shapes(config, block)
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    if quant == UNQUANTISED:
+        return elements * dtype.itemsize
+    form = FORMATS[quant]
+    layers = [shapes[name] for name in layer_weights(config, block)]
+    quantised = sum(math.prod(shape) for shape in layers if form.fits(shape[1]))
+    return round(quantised * form.bytes_per_weight) + (elements - quantised) * dtype.itemsize

@@ -112,6 +112,15 @@ def linear_names(config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name, *_ in _linears(config) if "{expert}" not in name)
 
 
+def layer_weights(config: ModelConfig, block: int) -> tuple[str, ...]:
+    """The matrices of a block's linear layers, experts' included, by their names in checkpoints."""
+    return tuple(
+        f"{name.format(block=block, expert=expert)}.weight"
+        for name, *_ in _linears(config)
+        for expert in range(max(1, config.num_experts) if "{expert}" in name else 1)
+    )
+
+
 def short_name(name: str) -> str:
     """The last part of a name: ``q_proj``."""
     return name.rpartition(".")[2]

@@ -13,6 +13,7 @@ import trio
 
 from kernels.checkpoint import Checkpoint
 from kernels.kv_cache import CacheArena
+from kernels.layer_loader import block_bytes
 from kernels.span import Span, load_span
 from p2p.network import Network
 from petald.adapter_store import AdapterStore
@@ -254,12 +255,14 @@ async def _choose_blocks(
     device = parse_device(config.device)
     dtype = parse_dtype(config.dtype, device, quant=config.quant)
     memory_bytes = config.memory_bytes or int(free_memory_bytes(device) * MEMORY_SHARE)
-    checkpoint = Checkpoint(identity.folder)
     cache_bytes = CacheArena.bytes_per_block(
         identity.config, capacity_tokens=config.cache_tokens, dtype=dtype
     )
     fitting = count_fitting_blocks(
-        [checkpoint.block_bytes(block, dtype) for block in range(num_blocks)],
+        [
+            block_bytes(identity.config, block, dtype=dtype, quant=config.quant)
+            for block in range(num_blocks)
+        ],
         cache_bytes_per_block=cache_bytes,
         memory_bytes=memory_bytes,
     )
