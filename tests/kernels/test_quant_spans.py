@@ -117,8 +117,8 @@ def _tensors(span: Span) -> list[torch.Tensor]:
     found = []
     for number in range(span.start, span.end):
         block = span.block(number)
-        found += [block._input_norm.weight_D, block._mlp_norm.weight_D]
-        for layer in (block._qkv, block._output, *block._mlp.linears):
+        found += block.tensors
+        for layer in block.linears:
             found += layer.tensors
     return found
 

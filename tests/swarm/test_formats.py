@@ -43,7 +43,7 @@ def test_formats_and_codecs_mix_and_recover_between_them(model_folder: Path) -> 
         command = [sys.executable, "-m", "petalctl", "--socket", str(swarm.router.socket), "swarm"]
         page = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         lines = [line.split() for line in page.stdout.splitlines() if "serving" in line]
-        shown = {(blocks, *rest[:-5]) for _, blocks, _, *rest in lines}
+        shown = {(blocks, *rest[:-4]) for _, blocks, _, *rest in lines}
         assert shown == {
             ("0:10", "float32", "int8"),
             ("10:20", "bfloat16", "int8", "bfloat16"),
