@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from kernels.errors import UnknownWeightFormat
+from kernels.quant.int4 import Int4Weights, join_int4, quantise_int4, takes_int4
+from kernels.quant.int4_order import find_order
 from kernels.quant.int8 import Int8Weights, join_int8, quantise_int8
 from kernels.quant.matrix import QuantisedMatrix
 from kernels.quant.nf4 import Nf4Weights, join_nf4, nest_scales, quantise_nf4, takes_nf4
@@ -75,6 +77,13 @@ FORMATS: dict[str, WeightFormat] = {
         finish=nest_scales,
         bytes_per_weight=0.52,
     ),
+    "int4": WeightFormat(
+        kind=Int4Weights,
+        fits=takes_int4,
+        quantise=quantise_int4,
+        join=join_int4,
+        bytes_per_weight=0.625,
+    ),
 }
 
 WEIGHT_FORMATS = (UNQUANTISED, *FORMATS)
@@ -115,8 +124,10 @@ def why_slow(name: str, dtype: torch.dtype, device: torch.device) -> str:
 
     A sentence for the user of the machine, with what to do.
     """
-    if name == UNQUANTISED or device.type != "cpu":
+    if name == UNQUANTISED:
         return ""
+    if device.type != "cpu":
+        return "int4 weights are slow on a GPU; choose nf4" if name == "int4" else ""
     if dtype != torch.bfloat16:
         return f"{name} weights are fast on a CPU in bfloat16 alone; set dtype to bfloat16"
     if name == "nf4" and not has_cpu_kernel():
@@ -124,4 +135,6 @@ def why_slow(name: str, dtype: torch.dtype, device: torch.device) -> str:
             "nf4 weights are slow on a CPU without AVX512-BF16, or without bitsandbytes; "
             "choose int8 or int4"
         )
+    if name == "int4" and not find_order().is_torchs:
+        return "int4 weights are slow on this CPU; choose int8"
     return ""
