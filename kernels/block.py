@@ -24,6 +24,7 @@ from kernels.model_config import ModelConfig
 from kernels.norm import Norm, make_norm
 from kernels.projection import AnyProjection, Projection
 from kernels.rotary import Positions
+from kernels.scored_attention import ScoredAttention, Scoring, alibi_slopes
 from kernels.weight_names import names_of
 
 LinearMaker = Callable[[Sequence[str]], Linear]
@@ -90,7 +91,7 @@ class DecoderBlock:
         self._projection = _make_projection(
             config, block, linear(*names.qkv), norm(names.query_norm), norm(names.key_norm)
         )
-        self._attention = _make_attention(config, block)
+        self._attention = _make_attention(config, block, input_norm.tensors[0].device)
         self._output = linear(names.output)
         self._output_norm = norm(names.output_norm)
         self._mlp_norm = norm(names.mlp_norm)
@@ -104,6 +105,7 @@ class DecoderBlock:
         self._down_norm = norm(names.down_norm)
         self._finish = {
             "sequential": self._finish_in_turn,
+            "norms_kept": self._finish_with_norms,
         }[config.wiring]
 
     @property
@@ -201,6 +203,16 @@ class DecoderBlock:
         after_SD = self._output.add_to(hidden_SD, attended_SD, adapters)
         return self._mlp.add_to(after_SD, _normed(self._mlp_norm, after_SD), adapters)
 
+    def _finish_with_norms(
+        self,
+        hidden_SD: torch.Tensor,
+        x_SD: torch.Tensor,
+        attended_SD: torch.Tensor,
+        adapters: Sequence[BlockAdapter],
+    ) -> torch.Tensor:
+        normed_SD = _normed(self._mlp_norm, self._output.add_to(x_SD, attended_SD, adapters))
+        return self._mlp.add_to(normed_SD, normed_SD, adapters)
+
 
 def _make_projection(
     config: ModelConfig, block: int, qkv: Linear, query_norm: Norm | None, key_norm: Norm | None
@@ -212,8 +224,17 @@ def _make_projection(
     return AnyProjection(config, qkv, kind, norms)
 
 
-def _make_attention(config: ModelConfig, block: int) -> Attention:
+def _make_attention(config: ModelConfig, block: int, device: torch.device) -> Attention:
     window = config.window(block)
+    if not config.has_plain_scores:
+        return ScoredAttention(
+            Scoring(
+                scale=config.query_scale or config.head_size**-0.5,
+                cap=config.score_cap,
+                slopes_N=None if config.rotary else alibi_slopes(config.num_heads).to(device),
+                window=window,
+            )
+        )
     if window:
         return WindowAttention(window, config.query_scale)
     return Attention(config.query_scale)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from kernels.errors import CorruptCheckpoint
 from kernels.model_config import load_model_config
-from kernels.weight_names import block_shapes
+from kernels.weight_names import OTHER_PREFIXES, block_shapes, names_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -38,10 +38,7 @@ class Checkpoint:
         self.folder = folder
         self.config = load_model_config(folder)
         self._file_of = _read_index(folder)
-
-    def tensor_names(self, block: int) -> tuple[str, ...]:
-        """The names of a block's tensors, as the checkpoint has them."""
-        return tuple(block_shapes(self.config, block))
+        self._prefix: tuple[str, str] | None = None
 
     def load_tensors(
         self, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
@@ -49,7 +46,7 @@ class Checkpoint:
         """Reads tensors, each converted on its own, so that no more than one is held twice.
 
         Args:
-            shapes: names, with the shapes that they must have.
+            shapes: names, as `kernels.weight_names` has them, with the shapes that they must have.
             dtype: of the result.
             device: likewise.
 
@@ -64,7 +61,34 @@ class Checkpoint:
 
     def open(self) -> TensorReader:
         """Reads its tensors one by one, as the files have them."""
-        return TensorReader(self.folder, self._file_of)
+        return TensorReader(self.folder, self._file_of, self._stored)
+
+    def _stored(self, name: str) -> str:
+        """What the checkpoint calls a tensor."""
+        usual, stored = self._find_prefix()
+        return stored + name[len(usual) :] if name.startswith(usual) else name
+
+    def _find_prefix(self) -> tuple[str, str]:
+        """How names begin, and what the checkpoint has in the place of that."""
+        if self._prefix is None:
+            embedding = f"{names_of(self.config).embedding}.weight"
+            others = OTHER_PREFIXES.get(self.config.family, ())
+            known = self._names() if others else ()
+            self._prefix = next(
+                (pair for pair in others if pair[1] + embedding[len(pair[0]) :] in known),
+                ("", ""),
+            )
+        return self._prefix
+
+    def _names(self) -> Collection[str]:
+        """All the checkpoint's tensors; none where its file cannot be read."""
+        if self._file_of is not None:
+            return self._file_of
+        try:
+            with safe_open(self.folder / SINGLE_FILE, framework="pt") as file:
+                return frozenset(file.keys())
+        except (SafetensorError, OSError):
+            return ()  # reading a tensor will tell
 
 
 class TensorReader:
@@ -73,9 +97,12 @@ class TensorReader:
     A context manager: its files stay mapped until it is left, and longer where a tensor is kept.
     """
 
-    def __init__(self, folder: Path, file_of: Mapping[str, str] | None) -> None:
+    def __init__(
+        self, folder: Path, file_of: Mapping[str, str] | None, stored: Callable[[str], str]
+    ) -> None:
         self._folder = folder
         self._file_of = file_of
+        self._stored = stored
         self._opened = contextlib.ExitStack()
         self._files: dict[str, Any] = {}
 
@@ -87,6 +114,7 @@ class TensorReader:
         self._opened.close()
 
     def __contains__(self, name: str) -> bool:
+        name = self._stored(name)
         if self._file_of is not None:
             return name in self._file_of
         return name in self._open(SINGLE_FILE).keys()  # noqa: SIM118 - no mapping
@@ -100,7 +128,7 @@ class TensorReader:
         file_name = self._find(name)
         file = self._open(file_name)
         try:
-            tensor: torch.Tensor = file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(self._stored(name))
         except (SafetensorError, OSError) as error:
             raise self._unreadable(file_name, error) from error
         return tensor
@@ -136,7 +164,7 @@ class TensorReader:
     def _find(self, name: str) -> str:
         if self._file_of is None:
             return SINGLE_FILE
-        file = self._file_of.get(name)
+        file = self._file_of.get(self._stored(name))
         if file is None:
             raise CorruptCheckpoint(
                 f"{self._folder / INDEX_FILE} does not know the tensor {name}; "

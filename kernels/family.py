@@ -33,7 +33,8 @@ class Family:
         is_fused: whether query, key and value projections are one matrix, head by head.
         has_embedding_norm: whether embeddings are normalised.
         has_embedding_scale: whether embeddings are multiplied with the root of their width.
-        keys: what the file calls a value, where it is not what Llama's calls it.
+        keys: what the file calls a value, where it is not what Llama's calls it: the first of these
+            that is there. Nothing is read of what is called by no name.
         defaults: of values that the file lacks.
         inner: the key of the object that has the values; empty where the file itself has them.
     """
@@ -60,6 +61,29 @@ class Family:
 _NO_BIAS: dict[str, Any] = {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
 
 FAMILIES: dict[str, Family] = {
+    "bloom": Family(
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        norm="layer",
+        is_gated=False,
+        activation="gelu_tanh",
+        positions="alibi",
+        is_fused=True,
+        has_embedding_norm=True,
+        keys={
+            "hidden_size": ("n_embed", "hidden_size"),
+            "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+            "num_attention_heads": ("n_head", "num_attention_heads"),
+            "num_key_value_heads": (),
+            "head_dim": (),
+            "intermediate_size": (),
+            "rms_norm_eps": ("layer_norm_epsilon",),
+            "max_position_embeddings": ("seq_length",),
+            "has_kept_norms": ("apply_residual_connection_post_layernorm",),
+        },
+        defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    ),
     "llama": Family(),
     "mistral": Family(**_NO_BIAS, windows="all"),
     "mixtral": Family(

@@ -19,14 +19,20 @@ class Embedding:
 
     Args:
         weight_VD: one row for each token.
+        norm: of the rows, as they go into the first block; or none.
     """
 
-    def __init__(self, weight_VD: torch.Tensor) -> None:
+    def __init__(self, weight_VD: torch.Tensor, norm: Norm | None = None) -> None:
         self.weight_VD = weight_VD
+        self._norm = norm
 
     def embed(self, token_ids_S: torch.Tensor) -> torch.Tensor:
-        """The rows of some ids, ``[S, D]``."""
-        return self.weight_VD[token_ids_S]
+        """What some ids are for the first block, ``[S, D]``."""
+        return self.enter(self.weight_VD[token_ids_S])
+
+    def enter(self, rows_SD: torch.Tensor) -> torch.Tensor:
+        """What rows, such as a soft prompt's, are for the first block, ``[S, D]``."""
+        return rows_SD if self._norm is None else self._norm.apply(rows_SD)
 
 
 class Head:
@@ -76,6 +82,7 @@ def load_ends(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devic
     embedding_name, head_name = f"{names.embedding}.weight", f"{names.head}.weight"
     shapes: dict[str, tuple[int, ...]] = {embedding_name: matrix}
     shapes |= norm_shapes(config, names.final_norm)
+    shapes |= norm_shapes(config, names.embedding_norm)
     if not config.tie_embeddings:
         shapes[head_name] = matrix
     tensors = checkpoint.load_tensors(shapes, dtype=dtype, device=device)
@@ -84,4 +91,6 @@ def load_ends(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devic
     # embedding's row is then a strided read, which for a few tokens costs nothing to speak of.
     weight_DV = tensors[embedding_name if config.tie_embeddings else head_name].t().contiguous()
     weight_VD = weight_DV.t() if config.tie_embeddings else tensors[embedding_name]
-    return Ends(Embedding(weight_VD), Head(norm, weight_DV))
+    has_norm = config.has_embedding_norm
+    embedding_norm = make_norm(config, tensors, names.embedding_norm) if has_norm else None
+    return Ends(Embedding(weight_VD, embedding_norm), Head(norm, weight_DV))

@@ -104,6 +104,11 @@ class ModelConfig:
         """Width of the queries of one token."""
         return self.num_heads * self.head_size
 
+    @property
+    def has_plain_scores(self) -> bool:
+        """Whether attention's scores go into the softmax as they are."""
+        return bool(self.rotary) and self.score_cap is None
+
     def window(self, block: int) -> int:
         """How many tokens a block attends to, its own included; 0 for all."""
         return self.windows[block] if self.windows else 0
@@ -146,6 +151,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     max_positions = read_int(raw, "max_position_embeddings", MAX_POSITIONS, default=2048)
     hidden_size, num_heads, num_kv_heads, head_size = _read_heads(raw, family)
     num_experts, experts_per_token = _read_experts(raw) if family.has_experts else (0, 0)
+    has_kept_norms = read_bool(raw, "has_kept_norms", default=False)
     attention_bias = read_bool(raw, "attention_bias", default=False)
     mlp_bias = read_bool(raw, "mlp_bias", default=False)
     return ModelConfig(
@@ -156,7 +162,12 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
-        ffn_size=read_int(raw, "intermediate_size", MAX_WIDTH),
+        ffn_size=read_int(
+            raw,
+            "intermediate_size",
+            MAX_WIDTH,
+            default=None if family.is_gated else 4 * hidden_size,
+        ),
         activation=family.activation or _read_activation(raw, name),
         norm=family.norm,
         norm_eps=read_float(raw, "rms_norm_eps", default=1e-6),
@@ -170,7 +181,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         windows=_read_windows(raw, family, num_blocks),
         num_experts=num_experts,
         experts_per_token=experts_per_token,
-        wiring=family.wiring,
+        wiring="norms_kept" if has_kept_norms else family.wiring,
         has_query_norm=family.has_query_norm,
         is_gated=family.is_gated,
         is_fused=family.is_fused,
@@ -181,12 +192,11 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _in_llamas_words(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The file's values under the names that Llama's files have for them, with the defaults."""
-    values = dict(family.defaults) | dict(raw)
+    values = dict(family.defaults) | {k: v for k, v in raw.items() if k not in family.keys}
     for name, keys in family.keys.items():
-        for key in keys:
-            if raw.get(key) is not None:
-                values[name] = raw[key]
-                break
+        value = next((raw[key] for key in keys if raw.get(key) is not None), None)
+        if value is not None:
+            values[name] = value
     return values
 
 

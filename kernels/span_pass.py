@@ -63,16 +63,26 @@ class PassGradients:
 def graph_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """What autograd keeps for one token in one block, about: the inputs of each of its products.
 
-    Counted in `kernels.block`, where an adapter has pairs everywhere: both norms' inputs and
-    outputs, query and key, the repeated keys and values, attention's output, and of the MLP gate,
-    up and their product, for each expert that sees the token, with its input and output. Without
-    pairs it is a third less. ``tests/kernels/test_span_pass.py`` holds it against what torch keeps.
+    Counted in `kernels.block`, where an adapter has pairs everywhere. Without pairs it is a third
+    less. ``tests/kernels/test_span_pass.py`` holds it against what torch keeps.
     """
-    attention = 4 * config.query_size + config.kv_size
-    mlp = 3 * config.ffn_size
+    hidden, ffn = config.hidden_size, config.ffn_size
+    query, kv = config.query_size, config.kv_size
+    norms = 4 * hidden  # inputs and outputs of both
+    if config.wiring == "post_norms":
+        norms += 2 * hidden
+    if config.has_plain_scores:
+        attention = 4 * query + kv  # query, key, both repeated for the heads, and the output
+    else:
+        attention = 2 * query + 2 * kv + (query + kv if config.rotary else 0)
+    if config.has_query_norm:
+        attention += query + 2 * kv
+    # The projections' outputs, and what is made of them; with a gate of ours nothing between.
+    parts = 2 if not config.is_gated else 3 if config.activation == "silu" else 4
+    mlp = parts * ffn
     if config.num_experts:
-        mlp = config.experts_per_token * (mlp + 2 * config.hidden_size)
-    return dtype.itemsize * (4 * config.hidden_size + attention + mlp)
+        mlp = config.experts_per_token * (mlp + 2 * hidden)
+    return dtype.itemsize * (norms + attention + mlp)
 
 
 def run_forward(span: Span, work: PassWork) -> Generator[None, None, torch.Tensor]:

@@ -77,13 +77,36 @@ _QWEN3 = replace(
     key_norm="model.layers.{block}.self_attn.k_norm",
 )
 
+_BLOOM = WeightNames(
+    embedding="transformer.word_embeddings",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    input_norm="transformer.h.{block}.input_layernorm",
+    qkv=("transformer.h.{block}.self_attention.query_key_value",),
+    output="transformer.h.{block}.self_attention.dense",
+    mlp_norm="transformer.h.{block}.post_attention_layernorm",
+    gate_up=("transformer.h.{block}.mlp.dense_h_to_4h",),
+    down="transformer.h.{block}.mlp.dense_4h_to_h",
+    embedding_norm="transformer.word_embeddings_layernorm",
+)
+
 _WEIGHT_NAMES: dict[str, WeightNames] = {
+    "bloom": _BLOOM,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _MIXTRAL,
     "qwen2": _LLAMA,
     "qwen3": _QWEN3,
 }
+
+
+OTHER_PREFIXES: dict[str, tuple[tuple[str, str], ...]] = {
+    "bloom": (("transformer.", ""),),
+}
+"""What some checkpoints of a family have in the place of a name's beginning.
+
+Such as those that were saved without the head, as BLOOM's own are.
+"""
 
 
 def names_of(config: ModelConfig) -> WeightNames:

@@ -19,7 +19,7 @@ from kernels.adapter import read_parts
 from kernels.adapter_form import PREFIX_KEYS, PREFIX_VALUES, AdapterForm, layout, row_elements
 from kernels.model_config import ModelConfig
 from kernels.weight_names import linear_names, linear_sizes, short_name
-from tests.helpers.tiny_models import make_model
+from tests.helpers.tiny_models import make_model, without_embedding_norm
 
 PREFIX_TOKENS = 3
 PROMPT_TOKENS = 2
@@ -55,7 +55,9 @@ class PeftReference:
             settings = PromptTuningConfig(
                 num_virtual_tokens=PROMPT_TOKENS, task_type=TaskType.CAUSAL_LM
             )
-        self.model: Any = quiet(lambda: get_peft_model(make_model(name), settings)).eval()
+        self.model: Any = quiet(
+            lambda: get_peft_model(without_embedding_norm(make_model(name)), settings)
+        ).eval()
         generator = torch.Generator().manual_seed(11)
         self._parameters = {
             name: parameter

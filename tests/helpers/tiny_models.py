@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -44,6 +46,8 @@ LLAMA3_SCALING = {
 }
 
 FAMILIES = (
+    "bloom",
+    "bloom-kept-norms",
     "llama",
     "llama-tied",
     "llama-llama3-rope",
@@ -85,13 +89,23 @@ def save_model(model: PreTrainedModel, folder: Path, *, max_shard_size: str = "1
 
 def layers_of(model: Any) -> Any:
     """The decoder layers of a model."""
-    return model.base_model.layers
+    inner = model.base_model
+    return inner.h if hasattr(inner, "h") else inner.layers
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """What a model's ends make of its last layer's output."""
-    logits: torch.Tensor = model.lm_head(model.base_model.norm(hidden))
+    inner = model.base_model
+    norm = inner.ln_f if hasattr(inner, "ln_f") else inner.norm
+    logits: torch.Tensor = model.lm_head(norm(hidden))
     return logits
+
+
+def without_embedding_norm(model: Any) -> Any:
+    """A model that takes, as ``inputs_embeds``, what goes into its first layer."""
+    if hasattr(model.base_model, "word_embeddings_layernorm"):
+        model.base_model.word_embeddings_layernorm = torch.nn.Identity()
+    return model
 
 
 def _llama(**settings: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -99,6 +113,21 @@ def _llama(**settings: Any) -> tuple[Any, Any, dict[str, Any]]:
 
 
 _KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "bloom": (
+        BloomForCausalLM,
+        BloomConfig,
+        {"tie_word_embeddings": True, "num_key_value_heads": 6},
+    ),
+    "bloom-kept-norms": (
+        BloomForCausalLM,
+        BloomConfig,
+        {
+            "tie_word_embeddings": True,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "apply_residual_connection_post_layernorm": True,
+        },
+    ),
     "llama": _llama(),
     "llama-tied": _llama(tie_word_embeddings=True),
     "llama-llama3-rope": _llama(rope_parameters=LLAMA3_SCALING),

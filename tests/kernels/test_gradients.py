@@ -22,7 +22,13 @@ from kernels.span_pass import PassGradients, PassWork, run_backward, run_forward
 from kernels.weight_names import linear_sizes
 from tests.helpers.peft_reference import PEFT_KINDS, PeftReference
 from tests.helpers.run_out import run_out
-from tests.helpers.tiny_models import FAMILIES, logits_of, make_model, save_model
+from tests.helpers.tiny_models import (
+    FAMILIES,
+    logits_of,
+    make_model,
+    save_model,
+    without_embedding_norm,
+)
 
 CPU = torch.device("cpu")
 TOKENS = 7
@@ -46,6 +52,7 @@ class Case:
         self.name = name
         self.reference: Any = make_model(name).requires_grad_(False)
         self.checkpoint = Checkpoint(save_model(self.reference, folder))
+        without_embedding_norm(self.reference)
         self.config = self.checkpoint.config
         self.whole = self.load(0, 4)
         generator = torch.Generator().manual_seed(1)

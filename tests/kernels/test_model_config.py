@@ -57,7 +57,7 @@ def test_which_blocks_have_a_window(raw: dict[str, Any], windows: tuple[int, ...
 
 REFUSED: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (of("mamba"), UnsupportedModel, "mamba"),
-    (of(["llama"]), UnsupportedModel, "supported: llama"),  # type: ignore[arg-type]
+    (of(["llama"]), UnsupportedModel, "supported: bloom"),  # type: ignore[arg-type]
     (of("llama", hidden_act="relu2"), UnsupportedModel, "relu2"),
     (of("llama", hidden_act=[]), UnsupportedModel, "activation"),
     (of("llama", hidden_size=-48), CorruptCheckpoint, "hidden_size"),

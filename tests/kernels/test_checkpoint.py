@@ -1,0 +1,59 @@
+"""Reading checkpoints whose tensors are called otherwise than the family's usually are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.checkpoint import Checkpoint
+from kernels.errors import CorruptCheckpoint
+from kernels.head import load_ends
+from kernels.span import load_span
+from tests.helpers.tiny_models import make_model, save_model
+
+CPU = torch.device("cpu")
+
+
+def outputs(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the last block gives, and the logits."""
+    checkpoint = Checkpoint(folder)
+    ends = load_ends(checkpoint, dtype=torch.float32, device=CPU)
+    blocks = checkpoint.config.num_blocks
+    span = load_span(checkpoint, 0, blocks, dtype=torch.float32, device=CPU)
+    hidden = span.forward(ends.embedding.embed(ids)[None])[0]
+    return hidden, ends.head.logits(hidden)
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "60KB"])
+def test_bloom_saved_without_its_head(tmp_path: Path, shard_size: str) -> None:
+    model: Any = make_model("bloom")
+    usual = save_model(model, tmp_path / "usual")
+    model.transformer.save_pretrained(tmp_path / "hub", max_shard_size=shard_size)
+    assert (tmp_path / "hub" / "model.safetensors.index.json").exists() == (shard_size == "60KB")
+    ids = torch.arange(3, 30)
+    for ours, expected in zip(outputs(tmp_path / "hub", ids), outputs(usual, ids), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    folder = save_model(make_model("bloom"), tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CorruptCheckpoint, match="missing; fetch"):
+        outputs(folder, torch.arange(3, 9))
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CorruptCheckpoint, match="cannot be read"):
+        outputs(folder, torch.arange(3, 9))
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+def test_rows_that_are_no_tokens_enter_as_in_hugging_face(tmp_path: Path, name: str) -> None:
+    model: Any = make_model(name)
+    checkpoint = Checkpoint(save_model(model, tmp_path))
+    rows = torch.randn(5, checkpoint.config.hidden_size)
+    with torch.no_grad():
+        expected = model(inputs_embeds=rows[None], output_hidden_states=True).hidden_states[0][0]
+    ends = load_ends(checkpoint, dtype=torch.float32, device=CPU)
+    torch.testing.assert_close(ends.embedding.enter(rows), expected)
