@@ -105,6 +105,7 @@ class DecoderBlock:
         self._down_norm = norm(names.down_norm)
         self._finish = {
             "sequential": self._finish_in_turn,
+            "post_norms": self._finish_normed,
             "norms_kept": self._finish_with_norms,
         }[config.wiring]
 
@@ -202,6 +203,18 @@ class DecoderBlock:
     ) -> torch.Tensor:
         after_SD = self._output.add_to(hidden_SD, attended_SD, adapters)
         return self._mlp.add_to(after_SD, _normed(self._mlp_norm, after_SD), adapters)
+
+    def _finish_normed(
+        self,
+        hidden_SD: torch.Tensor,
+        x_SD: torch.Tensor,
+        attended_SD: torch.Tensor,
+        adapters: Sequence[BlockAdapter],
+    ) -> torch.Tensor:
+        attention_SD = self._output.apply(attended_SD, adapters)
+        after_SD = hidden_SD + _normed(self._output_norm, attention_SD)
+        made_SD = self._mlp.apply(_normed(self._mlp_norm, after_SD), adapters)
+        return after_SD + _normed(self._down_norm, made_SD)
 
     def _finish_with_norms(
         self,

@@ -8,7 +8,7 @@ and what holds where the file is silent. Under which names its checkpoints keep 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -33,6 +33,9 @@ class Family:
         is_fused: whether query, key and value projections are one matrix, head by head.
         has_embedding_norm: whether embeddings are normalised.
         has_embedding_scale: whether embeddings are multiplied with the root of their width.
+        has_score_cap: whether attention's scores are capped, softly.
+        has_logit_cap: whether the logits are.
+        must_be_unset: values that ask for what is not implemented, unless they are null or false.
         keys: what the file calls a value, where it is not what Llama's calls it: the first of these
             that is there. Nothing is read of what is called by no name.
         defaults: of values that the file lacks.
@@ -53,12 +56,59 @@ class Family:
     is_fused: bool = False
     has_embedding_norm: bool = False
     has_embedding_scale: bool = False
+    has_score_cap: bool = False
+    has_logit_cap: bool = False
+    must_be_unset: tuple[str, ...] = ()
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
     inner: str = ""
 
 
 _NO_BIAS: dict[str, Any] = {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
+
+_GEMMA2 = Family(
+    mlp_bias=False,
+    norm="rms_shifted",
+    windows="patterned",
+    wiring="post_norms",
+    has_embedding_scale=True,
+    has_score_cap=True,
+    has_logit_cap=True,
+    must_be_unset=("use_bidirectional_attention",),
+    keys={"hidden_act": ("hidden_activation",)},
+    defaults={
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 256_000,
+        "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+        "tie_word_embeddings": True,
+    },
+)
+
+_GEMMA3 = replace(
+    _GEMMA2,
+    has_query_norm=True,
+    has_score_cap=False,
+    # Hugging Face's Gemma 3 takes a cap of the scores from the file, and does not apply it.
+    must_be_unset=("use_bidirectional_attention", "attn_logit_softcapping"),
+    defaults=_GEMMA2.defaults
+    | {
+        "vocab_size": 262_208,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "sliding_window_pattern": 6,
+    },
+)
 
 FAMILIES: dict[str, Family] = {
     "bloom": Family(
@@ -84,6 +134,9 @@ FAMILIES: dict[str, Family] = {
         },
         defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
     ),
+    "gemma2": _GEMMA2,
+    "gemma3": replace(_GEMMA3, inner="text_config"),
+    "gemma3_text": _GEMMA3,
     "llama": Family(),
     "mistral": Family(**_NO_BIAS, windows="all"),
     "mixtral": Family(

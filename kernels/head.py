@@ -11,6 +11,7 @@ import torch
 
 from kernels.checkpoint import Checkpoint
 from kernels.norm import Norm, make_norm
+from kernels.scored_attention import cap_softly
 from kernels.weight_names import names_of, norm_shapes
 
 
@@ -20,15 +21,21 @@ class Embedding:
     Args:
         weight_VD: one row for each token.
         norm: of the rows, as they go into the first block; or none.
+        scale: what the rows are multiplied with; or none.
     """
 
-    def __init__(self, weight_VD: torch.Tensor, norm: Norm | None = None) -> None:
+    def __init__(
+        self, weight_VD: torch.Tensor, norm: Norm | None = None, scale: float | None = None
+    ) -> None:
         self.weight_VD = weight_VD
         self._norm = norm
+        # Rounded to the dtype before it is used, as Gemma does.
+        self._scale = None if scale is None else weight_VD.new_tensor(scale)
 
     def embed(self, token_ids_S: torch.Tensor) -> torch.Tensor:
         """What some ids are for the first block, ``[S, D]``."""
-        return self.enter(self.weight_VD[token_ids_S])
+        rows_SD = self.weight_VD[token_ids_S]
+        return self.enter(rows_SD if self._scale is None else rows_SD * self._scale)
 
     def enter(self, rows_SD: torch.Tensor) -> torch.Tensor:
         """What rows, such as a soft prompt's, are for the first block, ``[S, D]``."""
@@ -41,15 +48,18 @@ class Head:
     Args:
         norm: the final norm.
         weight_DV: the matrix; a view of the embedding's where they are tied.
+        cap: what the logits' size stays below, softly; or none.
     """
 
-    def __init__(self, norm: Norm, weight_DV: torch.Tensor) -> None:
+    def __init__(self, norm: Norm, weight_DV: torch.Tensor, cap: float | None = None) -> None:
         self._norm = norm
         self._weight_DV = weight_DV
+        self._cap = cap
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Logits of the token after each row, ``[S, V]``, float32."""
-        return torch.mm(self._norm.apply(hidden_SD), self._weight_DV).float()
+        logits_SV = torch.mm(self._norm.apply(hidden_SD), self._weight_DV).float()
+        return logits_SV if self._cap is None else cap_softly(logits_SV, self._cap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,4 +103,5 @@ def load_ends(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devic
     weight_VD = weight_DV.t() if config.tie_embeddings else tensors[embedding_name]
     has_norm = config.has_embedding_norm
     embedding_norm = make_norm(config, tensors, names.embedding_norm) if has_norm else None
-    return Ends(Embedding(weight_VD, embedding_norm), Head(norm, weight_DV))
+    embedding = Embedding(weight_VD, embedding_norm, config.embedding_scale)
+    return Ends(embedding, Head(norm, weight_DV, config.logit_cap))

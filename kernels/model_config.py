@@ -25,6 +25,7 @@ from kernels.config_values import (
     read_eos,
     read_float,
     read_int,
+    read_optional_float,
 )
 from kernels.errors import CorruptCheckpoint, UnsupportedModel
 from kernels.family import FAMILIES, Family
@@ -105,6 +106,11 @@ class ModelConfig:
         return self.num_heads * self.head_size
 
     @property
+    def embedding_scale(self) -> float | None:
+        """What embeddings are multiplied with; or none."""
+        return self.hidden_size**0.5 if self.has_embedding_scale else None
+
+    @property
     def has_plain_scores(self) -> bool:
         """Whether attention's scores go into the softmax as they are."""
         return bool(self.rotary) and self.score_cap is None
@@ -146,11 +152,18 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise UnsupportedModel(
             f"models of the type {quote(name)} are not supported; supported: {', '.join(FAMILIES)}"
         )
-    raw = _in_llamas_words(raw, family)
+    raw = _in_llamas_words(_without_shell(raw, family), family)
+    for key in family.must_be_unset:
+        if raw.get(key) not in (None, False):
+            raise UnsupportedModel(
+                f"config.json says {key} = {quote(raw[key])}, which is not supported in {name} "
+                "models; those without it are"
+            )
     num_blocks = read_int(raw, "num_hidden_layers", MAX_BLOCKS)
     max_positions = read_int(raw, "max_position_embeddings", MAX_POSITIONS, default=2048)
     hidden_size, num_heads, num_kv_heads, head_size = _read_heads(raw, family)
     num_experts, experts_per_token = _read_experts(raw) if family.has_experts else (0, 0)
+    query_scalar = read_optional_float(raw, "query_pre_attn_scalar")
     has_kept_norms = read_bool(raw, "has_kept_norms", default=False)
     attention_bias = read_bool(raw, "attention_bias", default=False)
     mlp_bias = read_bool(raw, "mlp_bias", default=False)
@@ -179,6 +192,9 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         tie_embeddings=read_bool(raw, "tie_word_embeddings", default=False),
         eos_token_ids=read_eos(raw),
         windows=_read_windows(raw, family, num_blocks),
+        query_scale=None if query_scalar is None else query_scalar**-0.5,
+        score_cap=_read_cap(raw, "attn_logit_softcapping", is_read=family.has_score_cap),
+        logit_cap=_read_cap(raw, "final_logit_softcapping", is_read=family.has_logit_cap),
         num_experts=num_experts,
         experts_per_token=experts_per_token,
         wiring="norms_kept" if has_kept_norms else family.wiring,
@@ -188,6 +204,17 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         has_embedding_norm=family.has_embedding_norm,
         has_embedding_scale=family.has_embedding_scale,
     )
+
+
+def _without_shell(raw: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The values of the language model, where the file has them beside those of other parts."""
+    if not family.inner:
+        return raw
+    inner = raw.get(family.inner)
+    if not isinstance(inner, Mapping):
+        raise CorruptCheckpoint(f"config.json has no object {family.inner}; fetch the model again")
+    shared = ("eos_token_id", "tie_word_embeddings")
+    return {**inner, **{key: raw[key] for key in shared if raw.get(key) is not None}}
 
 
 def _in_llamas_words(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -219,6 +246,10 @@ def _read_experts(raw: Mapping[str, Any]) -> tuple[int, int]:
     """How many experts each block has, and how many of them see a token."""
     count = read_int(raw, "num_local_experts", MAX_EXPERTS)
     return count, read_int(raw, "num_experts_per_tok", count)
+
+
+def _read_cap(raw: Mapping[str, Any], key: str, *, is_read: bool) -> float | None:
+    return read_optional_float(raw, key) if is_read else None
 
 
 def _read_activation(raw: Mapping[str, Any], name: str) -> str:

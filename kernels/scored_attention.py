@@ -161,7 +161,7 @@ class ScoredAttention(Attention):
     def _change(self, scores_BNST: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
         scores_BNST = scores_BNST * self._scoring.scale
         if self._scoring.cap is not None:
-            scores_BNST = (scores_BNST / self._scoring.cap).tanh() * self._scoring.cap
+            scores_BNST = cap_softly(scores_BNST, self._scoring.cap)
         slopes_N = self._scoring.slopes_N
         if slopes_N is not None:
             total = scores_BNST.shape[-1]
@@ -170,6 +170,11 @@ class ScoredAttention(Attention):
                 position = (mask_BT.cumsum(dim=-1) - total)[:, None, None]
             scores_BNST = scores_BNST + slopes_N[:, None, None] * position
         return scores_BNST
+
+
+def cap_softly(scores: torch.Tensor, cap: float) -> torch.Tensor:
+    """Scores whose size stays below a cap: nearly as they were where they are small."""
+    return (scores / cap).tanh() * cap
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:

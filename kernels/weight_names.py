@@ -6,7 +6,8 @@ which the block joins them, so that reading a checkpoint needs no knowledge of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from kernels.model_config import ModelConfig
 
@@ -61,6 +62,19 @@ _LLAMA = WeightNames(
     down="model.layers.{block}.mlp.down_proj",
 )
 
+_GEMMA2 = replace(
+    _LLAMA,
+    output_norm="model.layers.{block}.post_attention_layernorm",
+    mlp_norm="model.layers.{block}.pre_feedforward_layernorm",
+    down_norm="model.layers.{block}.post_feedforward_layernorm",
+)
+
+_GEMMA3 = replace(
+    _GEMMA2,
+    query_norm="model.layers.{block}.self_attn.q_norm",
+    key_norm="model.layers.{block}.self_attn.k_norm",
+)
+
 _MIXTRAL = replace(
     _LLAMA,
     router="model.layers.{block}.block_sparse_moe.gate",
@@ -90,8 +104,25 @@ _BLOOM = WeightNames(
     embedding_norm="transformer.word_embeddings_layernorm",
 )
 
+
+def _within(names: WeightNames, outer: str, inner: str) -> WeightNames:
+    """The same names with another beginning, where they have the first."""
+
+    def moved(name: str) -> str:
+        return inner + name[len(outer) :] if name.startswith(outer) else name
+
+    values: dict[str, Any] = {}
+    for field in fields(names):
+        value = getattr(names, field.name)
+        values[field.name] = moved(value) if isinstance(value, str) else tuple(map(moved, value))
+    return WeightNames(**values)
+
+
 _WEIGHT_NAMES: dict[str, WeightNames] = {
     "bloom": _BLOOM,
+    "gemma2": _GEMMA2,
+    "gemma3": _within(_GEMMA3, "model.", "model.language_model."),
+    "gemma3_text": _GEMMA3,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _MIXTRAL,
@@ -102,10 +133,12 @@ _WEIGHT_NAMES: dict[str, WeightNames] = {
 
 OTHER_PREFIXES: dict[str, tuple[tuple[str, str], ...]] = {
     "bloom": (("transformer.", ""),),
+    "gemma3": (("model.language_model.", "language_model.model."),),
 }
 """What some checkpoints of a family have in the place of a name's beginning.
 
-Such as those that were saved without the head, as BLOOM's own are.
+The names above are those of Hugging Face's modules, for PEFT has them too. BLOOM's own checkpoints
+were saved without the head, and Gemma 3's before its modules were named anew.
 """
 
 

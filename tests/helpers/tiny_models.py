@@ -9,6 +9,10 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -48,6 +52,8 @@ LLAMA3_SCALING = {
 FAMILIES = (
     "bloom",
     "bloom-kept-norms",
+    "gemma2",
+    "gemma3",
     "llama",
     "llama-tied",
     "llama-llama3-rope",
@@ -98,7 +104,8 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     inner = model.base_model
     norm = inner.ln_f if hasattr(inner, "ln_f") else inner.norm
     logits: torch.Tensor = model.lm_head(norm(hidden))
-    return logits
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def without_embedding_norm(model: Any) -> Any:
@@ -106,6 +113,14 @@ def without_embedding_norm(model: Any) -> Any:
     if hasattr(model.base_model, "word_embeddings_layernorm"):
         model.base_model.word_embeddings_layernorm = torch.nn.Identity()
     return model
+
+
+_GEMMA: dict[str, Any] = {
+    "head_dim": 10,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 6,
+    "tie_word_embeddings": True,
+}
 
 
 def _llama(**settings: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -126,6 +141,23 @@ _KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "apply_residual_connection_post_layernorm": True,
+        },
+    ),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        _GEMMA
+        | {
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
         },
     ),
     "llama": _llama(),

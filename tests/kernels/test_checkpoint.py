@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from kernels.checkpoint import Checkpoint
 from kernels.errors import CorruptCheckpoint
 from kernels.head import load_ends
 from kernels.span import load_span
+from kernels.weight_names import linear_names
 from tests.helpers.tiny_models import make_model, save_model
 
 CPU = torch.device("cpu")
@@ -38,6 +40,28 @@ def test_bloom_saved_without_its_head(tmp_path: Path, shard_size: str) -> None:
         assert torch.equal(ours, expected)
 
 
+def test_the_language_model_within_gemma3(tmp_path: Path) -> None:
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    text = make_model("gemma3").config.to_dict() | {"sliding_window_pattern": 3}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision)
+    model: Any = Gemma3ForConditionalGeneration(config).eval()
+    folder = save_model(model, tmp_path)
+    modules = dict(model.named_modules())
+    assert all(name.format(block=1) in modules for name in linear_names(Checkpoint(folder).config))
+    ids = torch.arange(3, 30)
+    with torch.no_grad():
+        expected = model(ids[None]).logits[0]
+    torch.testing.assert_close(outputs(folder, ids)[1], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     folder = save_model(make_model("bloom"), tmp_path)
     (folder / "model.safetensors").unlink()
@@ -48,7 +72,7 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
         outputs(folder, torch.arange(3, 9))
 
 
-@pytest.mark.parametrize("name", ["bloom", "llama"])
+@pytest.mark.parametrize("name", ["bloom", "gemma2", "llama"])
 def test_rows_that_are_no_tokens_enter_as_in_hugging_face(tmp_path: Path, name: str) -> None:
     model: Any = make_model(name)
     checkpoint = Checkpoint(save_model(model, tmp_path))

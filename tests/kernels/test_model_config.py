@@ -8,6 +8,7 @@ import pytest
 
 from kernels.errors import CorruptCheckpoint, UnsupportedModel
 from kernels.model_config import parse_model_config
+from kernels.rotary_config import RotaryConfig
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 101,
@@ -45,6 +46,11 @@ WINDOWS: tuple[tuple[dict[str, Any], tuple[int, ...]], ...] = (
         (0, 9, 0, 9),
     ),
     (of("qwen3", layer_types=["full_attention"] * 4), ()),
+    (of("gemma2"), (4096, 0, 4096, 0)),
+    (of("gemma2", sliding_window=None), ()),
+    (of("gemma3_text", sliding_window=9), (9, 9, 9, 9)),
+    (of("gemma3_text", sliding_window=9, sliding_window_pattern=2), (9, 0, 9, 0)),
+    (of("gemma3_text", sliding_window_pattern=1), ()),
 )
 
 
@@ -53,6 +59,60 @@ def test_which_blocks_have_a_window(raw: dict[str, Any], windows: tuple[int, ...
     config = parse_model_config(raw)
     assert config.windows == windows
     assert [config.window(block) for block in range(4)] == list(windows or (0,) * 4)
+
+
+def test_what_gemma3s_own_file_leaves_out() -> None:
+    # As of google/gemma-3-4b-it, less what belongs to images.
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    config = parse_model_config(
+        {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text}
+    )
+    assert (config.num_heads, config.num_kv_heads, config.head_size) == (8, 4, 256)
+    assert config.rotary == (
+        RotaryConfig(theta=1e6, scaling="linear", factor=8.0),
+        RotaryConfig(theta=1e4),
+    )
+    assert config.windows == ((1024,) * 5 + (0,)) * 5 + (1024,) * 4
+    assert (config.query_scale, config.score_cap, config.logit_cap) == (1 / 16, None, None)
+    assert (config.vocab_size, config.eos_token_ids) == (262_208, (1, 106))
+    assert config.tie_embeddings
+    assert config.activation == "gelu_tanh"
+
+
+def test_a_cap_may_be_absent_or_null() -> None:
+    config = parse_model_config(of("gemma2"))
+    assert (config.score_cap, config.logit_cap) == (50.0, 30.0)
+    config = parse_model_config(of("gemma2", attn_logit_softcapping=None, hidden_act="gelu"))
+    assert (config.score_cap, config.logit_cap) == (None, 30.0)
+    assert config.activation == "gelu_tanh"
+
+
+def test_what_blooms_files_call_things() -> None:
+    raw = {
+        "model_type": "bloom",
+        "vocab_size": 101,
+        "n_embed": 48,
+        "n_layer": 3,
+        "num_attention_heads": 4,
+        "seq_length": 2048,
+        "layer_norm_epsilon": 1e-4,
+        "intermediate_size": 7,
+    }
+    config = parse_model_config(raw)
+    assert (config.num_blocks, config.hidden_size, config.ffn_size) == (3, 48, 192)
+    assert (config.num_heads, config.num_kv_heads, config.head_size) == (4, 4, 12)
+    assert (config.max_positions, config.norm_eps, config.rotary) == (2048, 1e-4, ())
+    assert config.tie_embeddings
+    assert config.wiring == "sequential"
+    kept = parse_model_config(raw | {"apply_residual_connection_post_layernorm": True})
+    assert kept.wiring == "norms_kept"
 
 
 REFUSED: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
@@ -81,6 +141,17 @@ REFUSED: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (of("mixtral", num_local_experts=5000), CorruptCheckpoint, "num_local_experts"),
     (of("mixtral", num_experts_per_tok=9), CorruptCheckpoint, "from 1 to 8"),
     (of("mixtral", num_local_experts=1), CorruptCheckpoint, "num_experts_per_tok"),
+    (of("bloom", n_layer=0), CorruptCheckpoint, "num_hidden_layers"),
+    (of("bloom", apply_residual_connection_post_layernorm=1), CorruptCheckpoint, "true or false"),
+    (of("gemma2", attn_logit_softcapping=-1), CorruptCheckpoint, "attn_logit_softcapping"),
+    (of("gemma2", final_logit_softcapping="30"), CorruptCheckpoint, "final_logit_softcapping"),
+    (of("gemma2", query_pre_attn_scalar=0), CorruptCheckpoint, "query_pre_attn_scalar"),
+    (of("gemma2", use_bidirectional_attention=True), UnsupportedModel, "bidirectional"),
+    (of("gemma3_text", attn_logit_softcapping=50.0), UnsupportedModel, "attn_logit_softcapping"),
+    (of("gemma3_text", sliding_window_pattern=0), CorruptCheckpoint, "sliding_window_pattern"),
+    (of("gemma3_text", rope_local_base_freq=-1), CorruptCheckpoint, "rope_local_base_freq"),
+    (of("gemma3"), CorruptCheckpoint, "no object text_config"),
+    (of("gemma3", text_config=[]), CorruptCheckpoint, "no object text_config"),
     (of("qwen2", use_sliding_window=1), CorruptCheckpoint, "use_sliding_window"),
     (of("qwen2", use_sliding_window=True, max_window_layers=-1), CorruptCheckpoint, "max_window"),
     (of("qwen3", layer_types=["full_attention"] * 3), CorruptCheckpoint, "4 blocks"),
