@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from kernels.errors import CorruptCheckpoint
 from kernels.model_config import load_model_config
-from kernels.weight_names import OTHER_PREFIXES, block_shapes, names_of
+from kernels.weight_names import OTHER_PREFIXES, names_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
