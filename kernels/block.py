@@ -122,6 +122,11 @@ class DecoderBlock:
         return *of_norms, *self._projection.tensors, *self._mlp.tensors
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether a step runs the same kernels whatever the numbers are."""
+        return self._mlp.is_fixed and all(linear.is_fixed for linear in self.linears)
+
+    @property
     def weight_bytes(self) -> int:
         """The memory that the weights take."""
         in_linears = sum(linear.weight_bytes for linear in self.linears)
@@ -144,8 +149,34 @@ class DecoderBlock:
             cache_KTH: the arena's keys and values for this block; written behind each ``length``.
             adapters: of all the sequences; their prefixes are in the cache already.
         """
+        x_SD, *projected = self.begin(hidden_SD, positions, adapters)
+        attended_SA = self.attend(projected, places, cache_KTH)
+        return self.finish(hidden_SD, x_SD, attended_SA, adapters)
+
+    def begin(
+        self,
+        hidden_SD: torch.Tensor,
+        positions: Positions,
+        adapters: Sequence[BlockAdapter] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`step` up to the attention: normalised rows, ``[S, D]``, queries, keys and values."""
         x_SD = self._input_norm.apply(hidden_SD)
-        query_SNH, key_SKH, value_SKH = self._projection.apply(x_SD, positions, adapters)
+        return x_SD, *self._projection.apply(x_SD, positions, adapters)
+
+    def attend(
+        self,
+        projected: Sequence[torch.Tensor],
+        places: Sequence[Place],
+        cache_KTH: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """The attention of `step`, ``[S, N*H]``; writes keys and values into the cache.
+
+        Args:
+            projected: queries, keys and values, ``[S, N or K, H]``.
+            places: as for `step`.
+            cache_KTH: likewise.
+        """
+        query_SNH, key_SKH, value_SKH = projected
         keys_KTH, values_KTH = cache_KTH
         outputs = []
         for place in places:
@@ -162,8 +193,24 @@ class DecoderBlock:
                     values_KTH[:, place.offset : end],
                 )
             )
-        attended_SD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self._finish(hidden_SD, x_SD, attended_SD, adapters)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def finish(
+        self,
+        hidden_SD: torch.Tensor,
+        x_SD: torch.Tensor,
+        attended_SA: torch.Tensor,
+        adapters: Sequence[BlockAdapter] = (),
+    ) -> torch.Tensor:
+        """`step` from the attention on, ``[S, D]``.
+
+        Args:
+            hidden_SD: the block's input.
+            x_SD: the same, normalised.
+            attended_SA: what `attend` gave.
+            adapters: as for `step`.
+        """
+        return self._finish(hidden_SD, x_SD, attended_SA, adapters)
 
     def forward(
         self,

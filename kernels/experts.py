@@ -25,6 +25,8 @@ class Experts:
         experts_per_token: how many see a token; their shares add up to one.
     """
 
+    is_fixed = False  # each token has its own experts
+
     def __init__(
         self, router_XD: torch.Tensor, experts: Sequence[MLP], experts_per_token: int
     ) -> None:

@@ -38,6 +38,11 @@ class Linear(Protocol):
         """The memory that they take."""
         ...
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it runs the same kernels whatever the numbers are."""
+        ...
+
     def apply(self, x_SI: torch.Tensor, adapters: Sequence[BlockAdapter] = ()) -> torch.Tensor:
         """The product, ``[S, O]``, with what adapters add to it; a new tensor."""
         ...
@@ -89,6 +94,8 @@ class DenseLinear:
         bias_O: or none.
         parts: names and widths of the matrices that stand side by side in it.
     """
+
+    is_fixed = True
 
     def __init__(
         self,

@@ -36,6 +36,10 @@ class FeedForward(Protocol):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Its weights that are in no linear layer."""
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it runs the same kernels whatever the numbers are."""
+
     def add_to(
         self, residual_SD: torch.Tensor, x_SD: torch.Tensor, adapters: Sequence[BlockAdapter] = ()
     ) -> torch.Tensor:
@@ -58,6 +62,7 @@ class MLP:
     """
 
     tensors: tuple[torch.Tensor, ...] = ()
+    is_fixed = True
 
     def __init__(self, up: Linear, down: Linear, activation: str, *, is_gated: bool) -> None:
         self._up = up

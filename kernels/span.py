@@ -18,11 +18,12 @@ from kernels.adapter import SpanAdapter
 from kernels.block import DecoderBlock, Place
 from kernels.checkpoint import Checkpoint
 from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
-from kernels.kv_cache import SequenceCache
+from kernels.kv_cache import CacheArena, SequenceCache
 from kernels.layer_loader import LayerLoader
 from kernels.model_config import ModelConfig
 from kernels.quant.formats import UNQUANTISED
 from kernels.rotary import Positions, RotaryTable
+from kernels.step_graphs import Recorder, StepGraphs
 from kernels.weight_names import block_shapes
 
 
@@ -40,7 +41,11 @@ class Segment:
 
 
 class Span:
-    """The blocks ``[start, end)`` of a model; made by `load_span`."""
+    """The blocks ``[start, end)`` of a model; made by `load_span`.
+
+    Attributes:
+        graphs_failure: why decode steps are not recorded any more; empty where nothing failed.
+    """
 
     def __init__(
         self,
@@ -57,10 +62,29 @@ class Span:
         self.dtype = dtype
         self.device = device
         self._blocks = tuple(blocks)
+        self.graphs_failure = ""
+        self._graphs: StepGraphs | None = None
         self._tables = [
             RotaryTable(rotary, config.head_size, dtype=dtype, device=device)
             for rotary in config.rotary
         ]
+
+    def record_steps(self, record: Recorder) -> bool:
+        """Has decode steps recorded from now on, each when it is run first.
+
+        A step that cannot be recorded is run as before, and so are all after it; `graphs_failure`
+        says why.
+
+        Args:
+            record: makes graphs.
+
+        Returns:
+            Whether the blocks can be recorded at all.
+        """
+        if not all(block.is_fixed for block in self._blocks):
+            return False
+        self._graphs = StepGraphs(self._blocks, record)
+        return True
 
     @property
     def weight_bytes(self) -> int:
@@ -102,14 +126,8 @@ class Span:
                 places.append(Place(row, segment.tokens, extent.offset, segment.cache.length))
                 row += segment.tokens
             arena = segments[0].cache.arena
-            positions = self._positions(places)
             try:
-                for index in range(first, last):
-                    cache_KTH = arena.keys_KTH[index], arena.values_KTH[index]
-                    in_block = [adapter.in_block(self.start + index) for adapter in adapters]
-                    hidden_SD = self._blocks[index].step(
-                        hidden_SD, positions, places, cache_KTH, in_block
-                    )
+                hidden_SD = self._step(hidden_SD, places, arena, (first, last), adapters)
             except torch.OutOfMemoryError as error:
                 raise OutOfDeviceMemory(
                     f"{self.device} has no memory for a step of {row} tokens; "
@@ -117,6 +135,28 @@ class Span:
                 ) from error
         for segment in segments:
             segment.cache.length += segment.tokens
+        return hidden_SD
+
+    def _step(
+        self,
+        hidden_SD: torch.Tensor,
+        places: Sequence[Place],
+        arena: CacheArena,
+        blocks: tuple[int, int],
+        adapters: Sequence[SpanAdapter],
+    ) -> torch.Tensor:
+        positions = self._positions(places)
+        if self._graphs is not None and not adapters and self._graphs.takes(places):
+            try:
+                return self._graphs.run(hidden_SD, positions, places, arena, blocks)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # the class of all that CUDA refuses
+                self._graphs, self.graphs_failure = None, str(error)
+        for index in range(*blocks):
+            cache_KTH = arena.keys_KTH[index], arena.values_KTH[index]
+            in_block = [adapter.in_block(self.start + index) for adapter in adapters]
+            hidden_SD = self._blocks[index].step(hidden_SD, positions, places, cache_KTH, in_block)
         return hidden_SD
 
     def forward(

@@ -15,6 +15,7 @@ from kernels.checkpoint import Checkpoint
 from kernels.kv_cache import CacheArena
 from kernels.layer_loader import block_bytes
 from kernels.span import Span, load_span
+from kernels.step_graphs import CudaRecorder
 from p2p.network import Network
 from petald.adapter_store import AdapterStore
 from petald.codec_choice import AUTO
@@ -221,7 +222,12 @@ async def _load(
             dtype=span.dtype,
             device=device,
         )
-        return span, arena, measure_step_ms(span, arena)
+        if device.type == "cuda":
+            span.record_steps(CudaRecorder(device))
+        step_ms = measure_step_ms(span, arena)
+        if span.graphs_failure:
+            log.warning("decode steps are not recorded", reason=span.graphs_failure)
+        return span, arena, step_ms
 
     async def set_when_cancelled() -> None:
         try:

@@ -119,6 +119,7 @@ class Int4Matrix:
     """
 
     row_step = ROW_STEP
+    is_fixed = True
 
     def __init__(self, weights: Int4Weights, dtype: torch.dtype) -> None:
         self.shape = weights.shape

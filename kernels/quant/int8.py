@@ -103,6 +103,7 @@ class Int8Matrix:
     """
 
     row_step = 1
+    is_fixed = True
 
     def __init__(self, codes_OI: torch.Tensor, scales_O: torch.Tensor, dtype: torch.dtype) -> None:
         self.shape = (codes_OI.shape[0], codes_OI.shape[1])

@@ -34,6 +34,7 @@ class Int8GpuMatrix:
     """
 
     row_step = 1
+    is_fixed = False  # which features are outliers, the device tells the host at every product
 
     def __init__(self, codes_OI: torch.Tensor, scales_O: torch.Tensor, dtype: torch.dtype) -> None:
         self.shape = (codes_OI.shape[0], codes_OI.shape[1])

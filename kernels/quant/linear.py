@@ -52,6 +52,11 @@ class QuantisedLinear:
         return (*self.matrix.tensors, *biases)
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether the matrix is."""
+        return self.matrix.is_fixed
+
+    @property
     def weight_bytes(self) -> int:
         """The memory that they take."""
         return sum(tensor.nbytes for tensor in self.tensors)

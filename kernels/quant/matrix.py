@@ -40,6 +40,11 @@ class QuantisedMatrix(Protocol):
         """All that it holds."""
         ...
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether products run the same kernels whatever the numbers are."""
+        ...
+
     def multiply(self, x_SI: torch.Tensor) -> torch.Tensor:
         """``x @ matrix.t()``, ``[S, O]``; a new tensor."""
         ...

@@ -74,6 +74,7 @@ class Nf4Matrix:
     """
 
     row_step = 1
+    is_fixed = True
 
     def __init__(self, weights: Nf4Weights) -> None:
         self.shape = weights.shape
@@ -127,6 +128,7 @@ class Nf4PackedMatrix:
     """
 
     row_step = _GROUP
+    is_fixed = True
 
     def __init__(self, weights: Nf4Weights) -> None:
         self.shape = weights.shape

@@ -1,0 +1,148 @@
+"""Recorded decode steps against those that are not: to the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.checkpoint import Checkpoint
+from kernels.kv_cache import CacheArena, SequenceCache
+from kernels.span import Segment, Span, load_span
+from kernels.step_graphs import MAX_ROWS, WARM_UPS, CudaRecorder
+from tests.helpers.tiny_models import FAMILIES, make_model, save_model
+
+CPU = torch.device("cpu")
+
+
+class Replayer:
+    """A recorder for the CPU, which does the work again; it runs it as often as CUDA's does."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        for _ in range(WARM_UPS):
+            work()
+
+        def replay() -> None:
+            self.replays += 1
+            work()
+
+        return replay
+
+
+def open_caches(span: Span, count: int) -> list[SequenceCache]:
+    arena = CacheArena(
+        span.config,
+        blocks=span.end - span.start,
+        capacity_tokens=64 * MAX_ROWS * 2,
+        dtype=span.dtype,
+        device=span.device,
+    )
+    return [arena.open(64) for _ in range(count)]
+
+
+def decode(span: Span, counts: Sequence[int], tokens: int = 6) -> torch.Tensor:
+    """Prefills sequences of several lengths, then decodes some of them together, in turn."""
+    generator = torch.Generator().manual_seed(0)
+    width = span.config.hidden_size
+    caches = open_caches(span, max(counts))
+    outputs = []
+    for number, cache in enumerate(caches):
+        rows_SD = torch.randn(3 + number, width, generator=generator)
+        rows_SD = rows_SD.to(span.device, span.dtype)
+        outputs.append(span.step(rows_SD, [Segment(cache, 3 + number)]))
+    for _ in range(tokens):
+        for count in counts:
+            rows_SD = torch.randn(count, width, generator=generator).to(span.device, span.dtype)
+            outputs.append(span.step(rows_SD, [Segment(cache, 1) for cache in caches[:count]]))
+    return torch.cat(outputs)
+
+
+def load(
+    checkpoint: Checkpoint, *, quant: str = "none", device: torch.device = CPU, start: int = 0
+) -> Span:
+    dtype = torch.float32 if quant == "none" else torch.bfloat16
+    end = checkpoint.config.num_blocks
+    return load_span(checkpoint, start, end, dtype=dtype, device=device, quant=quant)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_of_every_family(tmp_path: Path, name: str) -> None:
+    checkpoint = Checkpoint(save_model(make_model(name), tmp_path))
+    span, record = load(checkpoint), Replayer()
+    expected_SD = decode(span, [1, 3])
+    can_record = span.record_steps(record)
+    assert can_record != bool(checkpoint.config.num_experts)
+    assert torch.equal(decode(span, [1, 3]), expected_SD)
+    steps, blocks = 2 * 6, checkpoint.config.num_blocks
+    assert record.replays == (steps * (blocks + 1) if can_record else 0)
+    assert not span.graphs_failure
+
+
+@pytest.mark.parametrize("quant", ["int8", "nf4", "int4"])
+def test_of_quantised_weights(tmp_path: Path, quant: str) -> None:
+    checkpoint = Checkpoint(save_model(make_model("llama", hidden_size=192), tmp_path))
+    span, record = load(checkpoint, quant=quant), Replayer()
+    expected_SD = decode(span, [2])
+    assert span.record_steps(record)
+    assert torch.equal(decode(span, [2]), expected_SD)
+    assert record.replays
+
+
+def test_of_a_part_of_the_span(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save_model(make_model("llama"), tmp_path))
+    span, record = load(checkpoint), Replayer()
+
+    def run() -> torch.Tensor:
+        (cache,) = open_caches(span, 1)
+        rows_SD = torch.randn(9, 48, generator=torch.Generator().manual_seed(1))
+        pieces = [
+            span.step(row_SD[None], [Segment(cache, 1)], start=start, end=end)
+            for row_SD, (start, end) in zip(rows_SD, [(1, 3), (1, 3), (1, 3)], strict=False)
+        ]
+        return torch.cat(pieces)
+
+    expected_SD = run()
+    span.record_steps(record)
+    assert torch.equal(run(), expected_SD)
+    assert record.replays == 3 * 3
+
+
+def test_prefills_and_large_batches_are_not_recorded(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save_model(make_model("llama"), tmp_path))
+    span, record = load(checkpoint), Replayer()
+    span.record_steps(record)
+    caches = open_caches(span, MAX_ROWS + 1)
+    span.step(torch.randn(2, 48), [Segment(caches[0], 2)])
+    rows_SD = torch.randn(MAX_ROWS + 1, 48)
+    span.step(rows_SD, [Segment(cache, 1) for cache in caches])
+    assert record.replays == 0
+
+
+def test_what_cannot_be_recorded_is_run_as_before(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save_model(make_model("llama"), tmp_path))
+    span = load(checkpoint)
+    expected_SD = decode(span, [1])
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    span.record_steps(record)
+    assert torch.equal(decode(span, [1]), expected_SD)
+    assert "not permitted" in span.graphs_failure
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
+def test_graphs_of_a_gpu(tmp_path: Path, name: str) -> None:
+    checkpoint = Checkpoint(save_model(make_model(name), tmp_path))
+    device = torch.device("cuda")
+    span = load(checkpoint, device=device)
+    expected_SD = decode(span, [1, 3])
+    span.record_steps(CudaRecorder(device))
+    torch.testing.assert_close(decode(span, [1, 3]), expected_SD)
+    assert not span.graphs_failure
