@@ -105,6 +105,7 @@ class DecoderBlock:
         self._down_norm = norm(names.down_norm)
         self._finish = {
             "sequential": self._finish_in_turn,
+            "parallel": self._finish_in_parallel,
             "post_norms": self._finish_normed,
             "norms_kept": self._finish_with_norms,
         }[config.wiring]
@@ -251,6 +252,17 @@ class DecoderBlock:
         after_SD = self._output.add_to(hidden_SD, attended_SD, adapters)
         return self._mlp.add_to(after_SD, _normed(self._mlp_norm, after_SD), adapters)
 
+    def _finish_in_parallel(
+        self,
+        hidden_SD: torch.Tensor,
+        x_SD: torch.Tensor,
+        attended_SD: torch.Tensor,
+        adapters: Sequence[BlockAdapter],
+    ) -> torch.Tensor:
+        after_SD = self._output.add_to(hidden_SD, attended_SD, adapters)
+        x_SD = x_SD if self._mlp_norm is None else self._mlp_norm.apply(hidden_SD)
+        return self._mlp.add_to(after_SD, x_SD, adapters)
+
     def _finish_normed(
         self,
         hidden_SD: torch.Tensor,
@@ -292,6 +304,7 @@ def _make_attention(config: ModelConfig, block: int, device: torch.device) -> At
                 scale=config.query_scale or config.head_size**-0.5,
                 cap=config.score_cap,
                 slopes_N=None if config.rotary else alibi_slopes(config.num_heads).to(device),
+                is_rounded=config.has_rounded_alibi,
                 window=window,
             )
         )

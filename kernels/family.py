@@ -7,9 +7,12 @@ and what holds where the file is silent. Under which names its checkpoints keep 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from kernels.config_values import read_bool, read_int
+from kernels.errors import UnsupportedModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +32,8 @@ class Family:
             ``max_window_layers`` on if ``use_sliding_window`` says so; or ``patterned``, all but
             every ``sliding_window_pattern``-th.
         positions: ``rotary`` or ``alibi``.
+        has_rounded_alibi: whether ALiBi's biases are rounded and scaled as Falcon's are.
+        has_mlp_norm: whether the MLP's input has a norm of its own.
         wiring: how the parts are joined, see `kernels.block.DecoderBlock`.
         is_fused: whether query, key and value projections are one matrix, head by head.
         has_embedding_norm: whether embeddings are normalised.
@@ -39,6 +44,7 @@ class Family:
         keys: what the file calls a value, where it is not what Llama's calls it: the first of these
             that is there. Nothing is read of what is called by no name.
         defaults: of values that the file lacks.
+        vary: makes of the row, and of a file's values by Llama's names, those of its variant.
         inner: the key of the object that has the values; empty where the file itself has them.
     """
 
@@ -52,6 +58,8 @@ class Family:
     activation: str = ""
     windows: str = "none"
     positions: str = "rotary"
+    has_rounded_alibi: bool = False
+    has_mlp_norm: bool = True
     wiring: str = "sequential"
     is_fused: bool = False
     has_embedding_norm: bool = False
@@ -61,6 +69,7 @@ class Family:
     must_be_unset: tuple[str, ...] = ()
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
+    vary: Callable[[Family, dict[str, Any]], tuple[Family, dict[str, Any]]] | None = None
     inner: str = ""
 
 
@@ -110,6 +119,39 @@ _GEMMA3 = replace(
     },
 )
 
+
+def _vary_falcon(family: Family, values: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """Falcon's variants: that of 7B, that of 40B with groups of heads, and those of RW.
+
+    Raises:
+        UnsupportedModel: it is none of them.
+    """
+    is_grouped = read_bool(values, "new_decoder_architecture", default=False)
+    is_parallel = read_bool(values, "parallel_attn", default=True)
+    norms = read_int(values, "num_ln_in_parallel_attn", 2, default=2 if is_grouped else 1)
+    if is_grouped and not is_parallel:
+        raise UnsupportedModel(
+            "config.json says new_decoder_architecture = True with parallel_attn = False, "
+            "which no Falcon has; take the model's own config.json"
+        )
+    if not is_grouped and is_parallel and norms == 2:
+        raise UnsupportedModel(
+            "config.json says num_ln_in_parallel_attn = 2 without new_decoder_architecture, "
+            "which no Falcon has; take the model's own config.json"
+        )
+    if not is_grouped:
+        is_shared = read_bool(values, "multi_query", default=True)
+        values = values | {"num_key_value_heads": 1 if is_shared else None}
+    has_alibi = read_bool(values, "alibi", default=False)
+    variant = replace(
+        family,
+        wiring="parallel" if is_parallel else "sequential",
+        has_mlp_norm=norms == 2 or not is_parallel,
+        positions="alibi" if has_alibi else "rotary",
+    )
+    return variant, values
+
+
 FAMILIES: dict[str, Family] = {
     "bloom": Family(
         qkv_bias=True,
@@ -133,6 +175,26 @@ FAMILIES: dict[str, Family] = {
             "has_kept_norms": ("apply_residual_connection_post_layernorm",),
         },
         defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    ),
+    "falcon": Family(
+        norm="layer",
+        is_gated=False,
+        has_rounded_alibi=True,
+        is_fused=True,
+        keys={
+            "hidden_size": ("n_embed", "hidden_size"),
+            "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+            "num_attention_heads": ("num_attention_heads", "n_head"),
+            "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
+            "head_dim": (),
+            "intermediate_size": ("ffn_hidden_size",),
+            "hidden_act": ("activation",),
+            "rms_norm_eps": ("layer_norm_epsilon",),
+            "attention_bias": ("bias",),
+            "mlp_bias": ("bias",),
+        },
+        defaults={"hidden_act": "gelu", "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        vary=_vary_falcon,
     ),
     "gemma2": _GEMMA2,
     "gemma3": replace(_GEMMA3, inner="text_config"),

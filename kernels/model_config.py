@@ -47,7 +47,6 @@ class ModelConfig:
         family: a key of `kernels.family.FAMILIES`.
         num_kv_heads: fewer than ``num_heads`` for grouped-query attention.
         activation: of the MLP: ``silu``, ``gelu``, or ``gelu_tanh``, its approximation.
-        norm: as in `kernels.family.Family`.
         rotary: none where positions are ALiBi's; two where blocks with a window have their own.
         max_positions: the longest context.
         tie_embeddings: whether the head's matrix is the embedding's.
@@ -59,8 +58,8 @@ class ModelConfig:
         logit_cap: likewise the logits'.
         num_experts: of each block; 0 where it has one MLP.
         experts_per_token: how many of them see a token.
-        wiring: as in `kernels.family.Family`.
-        has_mlp_norm: whether the MLP's input has a norm of its own.
+
+    The rest is as in `kernels.family.Family`.
     """
 
     family: str
@@ -89,6 +88,7 @@ class ModelConfig:
     experts_per_token: int = 0
     wiring: str = "sequential"
     has_mlp_norm: bool = True
+    has_rounded_alibi: bool = False
     has_query_norm: bool = False
     is_gated: bool = True
     is_fused: bool = False
@@ -153,6 +153,8 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"models of the type {quote(name)} are not supported; supported: {', '.join(FAMILIES)}"
         )
     raw = _in_llamas_words(_without_shell(raw, family), family)
+    if family.vary is not None:
+        family, raw = family.vary(family, raw)
     for key in family.must_be_unset:
         if raw.get(key) not in (None, False):
             raise UnsupportedModel(
@@ -198,6 +200,8 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         num_experts=num_experts,
         experts_per_token=experts_per_token,
         wiring="norms_kept" if has_kept_norms else family.wiring,
+        has_mlp_norm=family.has_mlp_norm,
+        has_rounded_alibi=family.has_rounded_alibi,
         has_query_norm=family.has_query_norm,
         is_gated=family.is_gated,
         is_fused=family.is_fused,

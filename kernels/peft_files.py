@@ -155,6 +155,7 @@ def save_prefix(
     if form.targets:
         raise BadAdapter("PEFT keeps a prefix and low-rank pairs in two adapters; save each alone")
     _check_values(config, form, values_LE)
+    _check_prefix(config)
     tokens = form.prefix_tokens
     # A row has the keys of all tokens, then the values; PEFT has all blocks of a token together.
     rows = values_LE.detach().reshape(2 * config.num_blocks, tokens, config.kv_size)
@@ -239,6 +240,7 @@ def _read(tensors: _Tensors, settings: PeftSettings, config: ModelConfig) -> Sav
     if settings.kind == PREFIX_TUNING:
         form = AdapterForm(prefix_tokens=tokens)
         check_form(config, form)
+        _check_prefix(config)
         prompt = tensors.read(_PROMPT, (tokens, 2 * config.num_blocks * config.kv_size))
         rows = prompt.view(tokens, 2 * config.num_blocks, config.kv_size).transpose(0, 1)
         return SavedAdapter(form, rows.reshape(config.num_blocks, -1), None, settings.base_model)
@@ -290,6 +292,15 @@ def _read_lora(tensors: _Tensors, form: AdapterForm, config: ModelConfig) -> tor
 
 def _tensor_name(label: str, block: int, side: str) -> str:
     return f"{_PREFIX}{label.format(block=block)}.{side}.weight"
+
+
+def _check_prefix(config: ModelConfig) -> None:
+    """PEFT's prefixes are what Hugging Face caches; that is once what is cached here, repeated."""
+    if config.family == "falcon" and 1 < config.num_kv_heads < config.num_heads:
+        raise BadAdapter(
+            "a prefix of a Falcon with groups of heads is another one in PEFT than here; "
+            "take low-rank pairs for this model"
+        )
 
 
 def _check_values(config: ModelConfig, form: AdapterForm, values_LE: torch.Tensor) -> None:

@@ -35,12 +35,15 @@ class Scoring:
         scale: what it is multiplied with, first of all.
         cap: what its size stays below, softly; or none.
         slopes_N: of ALiBi, on the device; or none.
+        is_rounded: whether slopes, positions and their products are rounded to bfloat16, and then
+            multiplied with the scale, as Falcon was trained.
         window: how many tokens each attends to, itself included; 0 for all before it.
     """
 
     scale: float
     cap: float | None = None
     slopes_N: torch.Tensor | None = None
+    is_rounded: bool = False
     window: int = 0
 
 
@@ -162,14 +165,21 @@ class ScoredAttention(Attention):
         scores_BNST = scores_BNST * self._scoring.scale
         if self._scoring.cap is not None:
             scores_BNST = cap_softly(scores_BNST, self._scoring.cap)
-        slopes_N = self._scoring.slopes_N
-        if slopes_N is not None:
-            total = scores_BNST.shape[-1]
-            position = torch.arange(1 - total, 1, device=slopes_N.device)
-            if mask_BT is not None:
-                position = (mask_BT.cumsum(dim=-1) - total)[:, None, None]
-            scores_BNST = scores_BNST + slopes_N[:, None, None] * position
-        return scores_BNST
+        if self._scoring.slopes_N is None:
+            return scores_BNST
+        return scores_BNST + self._biases(self._scoring.slopes_N, scores_BNST.shape[-1], mask_BT)
+
+    def _biases(
+        self, slopes_N: torch.Tensor, total: int, mask_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        """ALiBi's, ``[N, 1, T]``, or with a mask ``[B, N, 1, T]``."""
+        position = torch.arange(total, device=slopes_N.device)
+        if mask_BT is not None:
+            position = (mask_BT.cumsum(dim=-1) - 1)[:, None, None]
+        slopes_N11 = slopes_N[:, None, None]
+        if self._scoring.is_rounded:
+            return (slopes_N11.bfloat16() * position.bfloat16()).float() * self._scoring.scale
+        return slopes_N11 * (position + 1 - total)  # the smaller, the more exact
 
 
 def cap_softly(scores: torch.Tensor, cap: float) -> torch.Tensor:

@@ -62,6 +62,25 @@ _LLAMA = WeightNames(
     down="model.layers.{block}.mlp.down_proj",
 )
 
+_BLOOM = WeightNames(
+    embedding="transformer.word_embeddings",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    input_norm="transformer.h.{block}.input_layernorm",
+    qkv=("transformer.h.{block}.self_attention.query_key_value",),
+    output="transformer.h.{block}.self_attention.dense",
+    mlp_norm="transformer.h.{block}.post_attention_layernorm",
+    gate_up=("transformer.h.{block}.mlp.dense_h_to_4h",),
+    down="transformer.h.{block}.mlp.dense_4h_to_h",
+    embedding_norm="transformer.word_embeddings_layernorm",
+)
+
+_FALCON = replace(_BLOOM, embedding_norm="")
+_FALCON_PARALLEL = replace(_FALCON, mlp_norm="")
+_FALCON_TWO_NORMS = replace(
+    _FALCON, input_norm="transformer.h.{block}.ln_attn", mlp_norm="transformer.h.{block}.ln_mlp"
+)
+
 _GEMMA2 = replace(
     _LLAMA,
     output_norm="model.layers.{block}.post_attention_layernorm",
@@ -91,19 +110,6 @@ _QWEN3 = replace(
     key_norm="model.layers.{block}.self_attn.k_norm",
 )
 
-_BLOOM = WeightNames(
-    embedding="transformer.word_embeddings",
-    final_norm="transformer.ln_f",
-    head="lm_head",
-    input_norm="transformer.h.{block}.input_layernorm",
-    qkv=("transformer.h.{block}.self_attention.query_key_value",),
-    output="transformer.h.{block}.self_attention.dense",
-    mlp_norm="transformer.h.{block}.post_attention_layernorm",
-    gate_up=("transformer.h.{block}.mlp.dense_h_to_4h",),
-    down="transformer.h.{block}.mlp.dense_4h_to_h",
-    embedding_norm="transformer.word_embeddings_layernorm",
-)
-
 
 def _within(names: WeightNames, outer: str, inner: str) -> WeightNames:
     """The same names with another beginning, where they have the first."""
@@ -120,6 +126,7 @@ def _within(names: WeightNames, outer: str, inner: str) -> WeightNames:
 
 _WEIGHT_NAMES: dict[str, WeightNames] = {
     "bloom": _BLOOM,
+    "falcon": _FALCON,
     "gemma2": _GEMMA2,
     "gemma3": _within(_GEMMA3, "model.", "model.language_model."),
     "gemma3_text": _GEMMA3,
@@ -144,6 +151,8 @@ were saved without the head, and Gemma 3's before its modules were named anew.
 
 def names_of(config: ModelConfig) -> WeightNames:
     """The names of a model's tensors."""
+    if config.family == "falcon" and config.wiring == "parallel":
+        return _FALCON_TWO_NORMS if config.has_mlp_norm else _FALCON_PARALLEL
     return _WEIGHT_NAMES[config.family]
 
 

@@ -9,6 +9,8 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -49,9 +51,17 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 64,
 }
 
+UNKNOWN = object()
+"""In the place of a value that a family's configuration does not have."""
+
 FAMILIES = (
     "bloom",
     "bloom-kept-norms",
+    "falcon",
+    "falcon-groups",
+    "falcon-groups-one-norm",
+    "falcon-sequential",
+    "falcon-alibi",
     "gemma2",
     "gemma3",
     "llama",
@@ -77,7 +87,9 @@ def make_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random float32 model of a kind in `FAMILIES`."""
     torch.manual_seed(seed)
     make, config, settings = _KINDS[name]
-    model: PreTrainedModel = make(config(**(SHAPE | settings | changes)))
+    values = SHAPE | settings | changes
+    values = {key: value for key, value in values.items() if value is not UNKNOWN}
+    model: PreTrainedModel = make(config(**values))
     with torch.no_grad():  # gains and biases that do something
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -127,11 +139,16 @@ def _llama(**settings: Any) -> tuple[Any, Any, dict[str, Any]]:
     return LlamaForCausalLM, LlamaConfig, settings
 
 
+def _falcon(**settings: Any) -> tuple[Any, Any, dict[str, Any]]:
+    settings = {"num_key_value_heads": UNKNOWN, "tie_word_embeddings": True} | settings
+    return FalconForCausalLM, FalconConfig, settings
+
+
 _KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "bloom": (
         BloomForCausalLM,
         BloomConfig,
-        {"tie_word_embeddings": True, "num_key_value_heads": 6},
+        {"tie_word_embeddings": True, "num_key_value_heads": UNKNOWN},
     ),
     "bloom-kept-norms": (
         BloomForCausalLM,
@@ -139,10 +156,20 @@ _KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {
             "tie_word_embeddings": True,
             "num_attention_heads": 4,
-            "num_key_value_heads": 4,
+            "num_key_value_heads": UNKNOWN,
             "apply_residual_connection_post_layernorm": True,
         },
     ),
+    "falcon": _falcon(),
+    "falcon-groups": _falcon(new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=80),
+    "falcon-groups-one-norm": _falcon(
+        new_decoder_architecture=True,
+        num_kv_heads=3,
+        num_ln_in_parallel_attn=1,
+        tie_word_embeddings=False,
+    ),
+    "falcon-sequential": _falcon(parallel_attn=False, bias=True),
+    "falcon-alibi": _falcon(alibi=True, bias=True, multi_query=False, parallel_attn=False),
     "gemma2": (
         Gemma2ForCausalLM,
         Gemma2Config,

@@ -85,6 +85,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module", params=PEFT_KINDS)
 def peft(request: pytest.FixtureRequest, case: Case) -> PeftReference:
+    if request.param == "prefix" and case.name.startswith("falcon-groups"):
+        pytest.skip("Hugging Face's Falcon caches keys repeated, and so are its prefixes")
     return PeftReference(case.name, case.config, request.param)
 
 

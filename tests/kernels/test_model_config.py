@@ -115,6 +115,20 @@ def test_what_blooms_files_call_things() -> None:
     assert kept.wiring == "norms_kept"
 
 
+def test_falcons_variants() -> None:
+    config = parse_model_config(of("falcon", num_kv_heads=6, head_dim=3, intermediate_size=7))
+    assert (config.num_kv_heads, config.head_size, config.ffn_size) == (1, 8, 192)
+    assert (config.wiring, config.has_mlp_norm, config.activation) == ("parallel", False, "gelu")
+    config = parse_model_config(of("falcon", new_decoder_architecture=True, num_kv_heads=2))
+    assert (config.num_kv_heads, config.wiring, config.has_mlp_norm) == (2, "parallel", True)
+    config = parse_model_config(
+        of("falcon", alibi=True, bias=True, multi_query=False, parallel_attn=False)
+    )
+    assert (config.num_kv_heads, config.wiring, config.rotary) == (6, "sequential", ())
+    assert config.qkv_bias
+    assert config.mlp_bias
+
+
 REFUSED: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (of("mamba"), UnsupportedModel, "mamba"),
     (of(["llama"]), UnsupportedModel, "supported: bloom"),  # type: ignore[arg-type]
@@ -143,6 +157,20 @@ REFUSED: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     (of("mixtral", num_local_experts=1), CorruptCheckpoint, "num_experts_per_tok"),
     (of("bloom", n_layer=0), CorruptCheckpoint, "num_hidden_layers"),
     (of("bloom", apply_residual_connection_post_layernorm=1), CorruptCheckpoint, "true or false"),
+    (of("falcon", multi_query=1), CorruptCheckpoint, "multi_query"),
+    (of("falcon", num_ln_in_parallel_attn=3), CorruptCheckpoint, "from 1 to 2"),
+    (of("falcon", num_ln_in_parallel_attn=2), UnsupportedModel, "no Falcon"),
+    (
+        of("falcon", new_decoder_architecture=True, parallel_attn=False),
+        UnsupportedModel,
+        "no Falcon",
+    ),
+    (
+        of("falcon", new_decoder_architecture=True, num_kv_heads=4),
+        CorruptCheckpoint,
+        "do not divide",
+    ),
+    (of("falcon", num_attention_heads=16), CorruptCheckpoint, "odd"),
     (of("gemma2", attn_logit_softcapping=-1), CorruptCheckpoint, "attn_logit_softcapping"),
     (of("gemma2", final_logit_softcapping="30"), CorruptCheckpoint, "final_logit_softcapping"),
     (of("gemma2", query_pre_attn_scalar=0), CorruptCheckpoint, "query_pre_attn_scalar"),

@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from kernels.peft_files import (
     save_soft_prompt,
 )
 from kernels.span import load_span
+from kernels.weight_names import linear_sizes
 from tests.helpers.tiny_models import make_model, save_model
 
 CPU = torch.device("cpu")
@@ -63,12 +65,14 @@ class Tiny:
             adapters.append(SpanAdapter(self.config, saved.form, 0, saved.values_LE))
         if saved.prompt_PD is not None:
             prompt = saved.prompt_PD.expand(len(IDS), -1, -1)
-            hidden = torch.cat((prompt, hidden), dim=1)
+            hidden = torch.cat((self._ends.embedding.enter(prompt), hidden), dim=1)
         out = self._span.forward(hidden, adapters=adapters)
         return torch.stack([self._ends.head.logits(rows) for rows in out])
 
 
-@pytest.fixture(scope="module", params=["llama-wide-heads", "qwen2"])
+@pytest.fixture(
+    scope="module", params=["llama-wide-heads", "qwen2", "bloom", "falcon", "gemma3", "mixtral"]
+)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -125,8 +129,16 @@ FORMS = (
 )
 
 
+def fitted(config: ModelConfig, form: AdapterForm) -> AdapterForm:
+    """The form with the model's layers in the places of Llama's."""
+    known = tuple(linear_sizes(config))
+    places = {min(TARGETS.index(target), len(known) - 1) for target in form.targets}
+    return replace(form, targets=tuple(known[place] for place in sorted(places)))
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_peft_reads_the_pairs_that_we_write(tiny: Tiny, form: AdapterForm, tmp_path: Path) -> None:
+    form = fitted(tiny.config, form)
     values = random_values(tiny.config, form)
     save_lora(tmp_path, tiny.config, form, values, base_model="a/model")
     ours = tiny.logits(SavedAdapter(form, values, None, ""))
@@ -168,11 +180,14 @@ PEFT_CONFIGS: dict[str, Callable[[ModelConfig], Any]] = {
     "all linear": lambda _: LoraConfig(
         r=3, lora_alpha=5, target_modules="all-linear", task_type=TaskType.CAUSAL_LM
     ),
-    "rslora": lambda _: LoraConfig(
-        r=5, lora_alpha=4, use_rslora=True, target_modules=["k_proj", "down_proj"]
+    "rslora": lambda config: LoraConfig(
+        r=5, lora_alpha=4, use_rslora=True, target_modules=[*linear_sizes(config)][1::3]
     ),
-    "by pattern": lambda _: LoraConfig(
-        r=2, lora_alpha=4, target_modules=r".*\.(q|up)_proj", task_type=TaskType.CAUSAL_LM
+    "by pattern": lambda config: LoraConfig(
+        r=2,
+        lora_alpha=4,
+        target_modules=rf".*\.({'|'.join([*linear_sizes(config)][::2])})",
+        task_type=TaskType.CAUSAL_LM,
     ),
     "prefix": lambda config: PrefixTuningConfig(
         num_virtual_tokens=6,
@@ -405,6 +420,13 @@ def test_damaged_files_are_told(config: ModelConfig, case: str, tmp_path: Path) 
     damage(tmp_path / file)
     with pytest.raises(BadAdapter, match="adapter_"):
         load_adapter(tmp_path, config)
+
+
+def test_a_prefix_that_peft_has_otherwise(tmp_path: Path) -> None:
+    config = Checkpoint(save_model(make_model("falcon-groups"), tmp_path)).config
+    form = AdapterForm(prefix_tokens=2)
+    with pytest.raises(BadAdapter, match="take low-rank pairs"):
+        save_prefix(tmp_path, config, form, random_values(config, form), base_model="")
 
 
 def test_of_another_model(config: ModelConfig, tmp_path: Path) -> None:
