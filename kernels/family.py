@@ -36,7 +36,6 @@ class Family:
         has_mlp_norm: whether the MLP's input has a norm of its own.
         wiring: how the parts are joined, see `kernels.block.DecoderBlock`.
         is_fused: whether query, key and value projections are one matrix, head by head.
-        has_embedding_norm: whether embeddings are normalised.
         has_embedding_scale: whether embeddings are multiplied with the root of their width.
         has_score_cap: whether attention's scores are capped, softly.
         has_logit_cap: whether the logits are.
@@ -62,7 +61,6 @@ class Family:
     has_mlp_norm: bool = True
     wiring: str = "sequential"
     is_fused: bool = False
-    has_embedding_norm: bool = False
     has_embedding_scale: bool = False
     has_score_cap: bool = False
     has_logit_cap: bool = False
@@ -162,7 +160,6 @@ FAMILIES: dict[str, Family] = {
         activation="gelu_tanh",
         positions="alibi",
         is_fused=True,
-        has_embedding_norm=True,
         keys={
             "hidden_size": ("n_embed", "hidden_size"),
             "num_hidden_layers": ("n_layer", "num_hidden_layers"),

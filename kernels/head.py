@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.checkpoint import Checkpoint
+from kernels.model_config import ModelConfig
 from kernels.norm import Norm, make_norm
 from kernels.scored_attention import cap_softly
 from kernels.weight_names import names_of, norm_shapes
@@ -88,20 +89,27 @@ def load_ends(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devic
     """
     config = checkpoint.config
     names = names_of(config)
-    matrix = (config.vocab_size, config.hidden_size)
+    tensors = checkpoint.load_tensors(end_shapes(config), dtype=dtype, device=device)
     embedding_name, head_name = f"{names.embedding}.weight", f"{names.head}.weight"
-    shapes: dict[str, tuple[int, ...]] = {embedding_name: matrix}
-    shapes |= norm_shapes(config, names.final_norm)
-    shapes |= norm_shapes(config, names.embedding_norm)
-    if not config.tie_embeddings:
-        shapes[head_name] = matrix
-    tensors = checkpoint.load_tensors(shapes, dtype=dtype, device=device)
     norm = make_norm(config, tensors, names.final_norm)
     # Kept as [D, V], the order in which one row is multiplied quickest (see `kernels.linear`); an
     # embedding's row is then a strided read, which for a few tokens costs nothing to speak of.
     weight_DV = tensors[embedding_name if config.tie_embeddings else head_name].t().contiguous()
     weight_VD = weight_DV.t() if config.tie_embeddings else tensors[embedding_name]
-    has_norm = config.has_embedding_norm
-    embedding_norm = make_norm(config, tensors, names.embedding_norm) if has_norm else None
+    embedding_norm = None
+    if names.embedding_norm:
+        embedding_norm = make_norm(config, tensors, names.embedding_norm)
     embedding = Embedding(weight_VD, embedding_norm, config.embedding_scale)
     return Ends(embedding, Head(norm, weight_DV, config.logit_cap))
+
+
+def end_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model's ends, by their names in the checkpoint, with their shapes there."""
+    names = names_of(config)
+    matrix = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {f"{names.embedding}.weight": matrix}
+    for norm in (names.final_norm, names.embedding_norm):
+        shapes |= norm_shapes(config, norm)
+    if not config.tie_embeddings:
+        shapes[f"{names.head}.weight"] = matrix
+    return shapes

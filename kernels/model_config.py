@@ -92,7 +92,6 @@ class ModelConfig:
     has_query_norm: bool = False
     is_gated: bool = True
     is_fused: bool = False
-    has_embedding_norm: bool = False
     has_embedding_scale: bool = False
 
     @property
@@ -205,7 +204,6 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         has_query_norm=family.has_query_norm,
         is_gated=family.is_gated,
         is_fused=family.is_fused,
-        has_embedding_norm=family.has_embedding_norm,
         has_embedding_scale=family.has_embedding_scale,
     )
 

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.checkpoint import Checkpoint
+from kernels.head import end_shapes
 from kernels.model_config import ModelConfig, load_model_config
 from kernels.model_store import find_model
-from kernels.norm import RMSNorm
+from kernels.scored_attention import cap_softly
 from kernels.weight_names import names_of
 from petalctl.passes import TrainingClient
 from petalctl.torch.adapters import RemoteAdapter
@@ -32,6 +33,7 @@ from petalctl.torch.continuation import (
     choose_likeliest,
     continue_texts,
 )
+from petalctl.torch.ends import EndNorm, TokenEmbedding
 from petalctl.torch.hidden_session import HiddenSession, run_sessions
 from petalctl.torch.soft_prompt import IGNORED_LABEL, SoftPrompt
 
@@ -96,16 +98,23 @@ class RemoteCausalLM(nn.Module):
             "on_progress": on_progress,
         }
         self._parts: dict[tuple[int, int], RemoteBlocks] = {}
-        tensors = _load_ends(checkpoint, dtype)
+        names = names_of(self.config)
+        tensors = checkpoint.load_tensors(
+            end_shapes(self.config), dtype=dtype, device=torch.device("cpu")
+        )
         vocabulary, width = self.config.vocab_size, self.config.hidden_size
-        self.embed_tokens = nn.Embedding(vocabulary, width, device="meta")
-        self.embed_tokens.weight = nn.Parameter(tensors["embedding"], requires_grad=False)
-        self.norm_weight = nn.Parameter(tensors["norm"], requires_grad=False)
+        self.embed_tokens = TokenEmbedding(
+            tensors[f"{names.embedding}.weight"], self.config.embedding_scale
+        )
+        self.embedding_norm = (
+            EndNorm(self.config, tensors, names.embedding_norm) if names.embedding_norm else None
+        )
+        self.norm = EndNorm(self.config, tensors, names.final_norm)
         self.lm_head = nn.Linear(width, vocabulary, bias=False, device="meta")
         self.lm_head.weight = (
             self.embed_tokens.weight
             if self.config.tie_embeddings
-            else nn.Parameter(tensors["head"], requires_grad=False)
+            else nn.Parameter(tensors[f"{names.head}.weight"], requires_grad=False)
         )
 
     @classmethod
@@ -178,7 +187,7 @@ class RemoteCausalLM(nn.Module):
                 hidden, attention_mask, labels
             )
         wanted = self._wanted(output_hidden_states)
-        hidden, kept = self.run_blocks(hidden, attention_mask, wanted)
+        hidden, kept = self.run_blocks(self._enter(hidden), attention_mask, wanted)
         loss: torch.Tensor | None
         if return_logits:
             logits = self.logits(hidden)
@@ -208,9 +217,14 @@ class RemoteCausalLM(nn.Module):
 
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """Final norm and head, ``[B, S, V]``, float32 at least."""
-        norm = RMSNorm(self.norm_weight, self.config.norm_eps)
-        logits: torch.Tensor = self.lm_head(norm.apply(hidden_BSD))
-        return logits if logits.dtype == torch.float64 else logits.float()
+        logits: torch.Tensor = self.lm_head(self.norm(hidden_BSD))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        cap = self.config.logit_cap
+        return logits if cap is None else cap_softly(logits, cap)
+
+    def _enter(self, rows_BSD: torch.Tensor) -> torch.Tensor:
+        """What embeddings, and a soft prompt before them, are for the first block."""
+        return rows_BSD if self.embedding_norm is None else self.embedding_norm(rows_BSD)
 
     @torch.no_grad()
     def generate(
@@ -287,7 +301,7 @@ class RemoteCausalLM(nn.Module):
             )
             opened.callback(session.close)
             sessions.append(session)
-            prompts.append(rows_SD)
+            prompts.append(self._enter(rows_SD))
         last: list[torch.Tensor] = []
 
         def step(input_ids: torch.Tensor, has_ended_B: torch.Tensor) -> torch.Tensor:
@@ -296,7 +310,7 @@ class RemoteCausalLM(nn.Module):
                 last = run_sessions(sessions, prompts)
             else:
                 going = [number for number, is_over in enumerate(has_ended_B) if not is_over]
-                rows = self.embed_tokens(input_ids[going, -1:])
+                rows = self._enter(self.embed_tokens(input_ids[going, -1:]))
                 answers = run_sessions([sessions[number] for number in going], list(rows))
                 for number, last_D in zip(going, answers, strict=True):
                     last[number] = last_D
@@ -313,7 +327,7 @@ class RemoteCausalLM(nn.Module):
             hidden = self.embed_tokens(input_ids)
             if self.soft_prompt is not None:
                 hidden, whole = self.soft_prompt.prepend(hidden, whole)[:2]
-            return self.run_blocks(hidden, whole)[0][:, -1]
+            return self.run_blocks(self._enter(hidden), whole)[0][:, -1]
 
         return step
 
@@ -362,21 +376,6 @@ def load_config(name: str) -> ModelConfig:
         KernelError: it is not here, or cannot be read.
     """
     return load_model_config(find_model(name).path)
-
-
-def _load_ends(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    config = checkpoint.config
-    names = names_of(config)
-    matrix = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{names.embedding}.weight": matrix,
-        f"{names.final_norm}.weight": (config.hidden_size,),
-    }
-    if not config.tie_embeddings:
-        shapes[f"{names.head}.weight"] = matrix
-    tensors = checkpoint.load_tensors(shapes, dtype=dtype, device=torch.device("cpu"))
-    labels = ("embedding", "norm", "head")
-    return dict(zip(labels, tensors.values(), strict=False))
 
 
 def _loss_of(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:

@@ -70,9 +70,7 @@ class Tiny:
         return torch.stack([self._ends.head.logits(rows) for rows in out])
 
 
-@pytest.fixture(
-    scope="module", params=["llama-wide-heads", "qwen2", "bloom", "falcon", "gemma3", "mixtral"]
-)
+@pytest.fixture(scope="module", params=["llama-wide-heads", "qwen2", "bloom", "falcon", "gemma3"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(request.param, tmp_path_factory.mktemp(request.param))
 
