@@ -89,6 +89,22 @@ class RoundTripTo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """A move that a server is about to make, told so that no two make the same one.
+
+    Attributes:
+        start: first block of the span that it will host.
+        end: the block after the last one.
+        made_at_ms: when it was claimed, by the server's own clock, since the epoch; of two claims
+            that exclude each other, the earlier one counts, and then the lesser peer id.
+    """
+
+    start: BlockNumber
+    end: BlockNumber
+    made_at_ms: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Announcement(Record):
     """What a server says of itself: the body of its signed record.
 
@@ -109,6 +125,7 @@ class Announcement(Record):
         prefill_ms: time for each token of a prefill through the whole span; zero where unknown.
         round_trips: to its likely next hops; the first one counts where a peer stands twice.
         adapters: that it hosts, by their full names; see `adapter_full_name`.
+        claim: the move that it is about to make; none: it stays.
     """
 
     model: Digest
@@ -127,6 +144,7 @@ class Announcement(Record):
     prefill_ms: Milliseconds = 0.0
     round_trips: Annotated[tuple[RoundTripTo, ...], Bound(0, MAX_ROUND_TRIPS)] = ()
     adapters: Annotated[tuple[AdapterName, ...], Bound(0, MAX_ADAPTERS)] = ()
+    claim: Claim | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
