@@ -20,6 +20,7 @@ from kernels.checkpoint import Checkpoint
 from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
 from kernels.kv_cache import CacheArena, SequenceCache
 from kernels.layer_loader import LayerLoader
+from kernels.memory import give_back_free_memory
 from kernels.model_config import ModelConfig
 from kernels.quant.formats import UNQUANTISED
 from kernels.rotary import Positions, RotaryTable
@@ -287,6 +288,7 @@ def load_span(
                     reader, block_shapes(config, number), quant=quant, dtype=dtype, device=device
                 )
                 blocks.append(DecoderBlock(config, number, loader, loader.make_linear))
+            give_back_free_memory()
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(
                 f"{device} has no memory for block {number}; serve fewer blocks"
