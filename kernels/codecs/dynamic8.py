@@ -9,8 +9,8 @@ import functools
 
 import torch
 
-from kernels.codecs.groups import SCALE_BYTES, count_groups, find_scales, group_rows, read_scales
-from kernels.codecs.rows import check_finite, row_chunks
+from kernels.codecs.groups import SCALE_BYTES, count_groups, find_scales, group_rows, read_numbers
+from kernels.codecs.rows import check_finite, decode_rows, encode_rows, store_values
 
 GROUP_VALUES = 256
 """Values that share a scale. The map has fine steps over seven powers of ten, so that an outlier
@@ -24,7 +24,7 @@ DECADES = 7
 def dynamic_map() -> torch.Tensor:
     """The 256 values of the signed dynamic map, float32, ascending.
 
-    Section 1.3 and figure 2 of "8-bit Optimizers via Block-wise Quantization" (Dettmers et al.,
+    Sections 1.3 and 2.2 of "8-bit Optimizers via Block-wise Quantization" (Dettmers et al.,
     2021, arXiv:2110.02861): after the sign, a run of zeros is the exponent, a one ends it, and the
     bits that are left cut the decade from 0.1 to 1 into equal parts, of which the middles are
     taken. The more zeros, the fewer bits are left: 64 steps from 0.1 to 1, 32 from 0.01 to 0.1, and
@@ -55,47 +55,49 @@ class Dynamic8Codec:
 
     def encode(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Rows as bytes."""
-        rows_SD = hidden_SD.detach()
-        count, hidden_size = rows_SD.shape
-        shape = count, self.row_bytes(hidden_size, rows_SD.dtype)
-        data_SR = torch.empty(shape, dtype=torch.uint8, device=rows_SD.device)
-        for chunk in row_chunks(count, hidden_size):
-            self._encode_rows(rows_SD[chunk], data_SR[chunk])
-        return data_SR.cpu()
+        row_bytes = self.row_bytes(hidden_SD.shape[1], hidden_SD.dtype)
+        return encode_rows(hidden_SD, row_bytes, self._encode)
 
     def decode(self, data_SR: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
         """Bytes as rows."""
-        shape = len(data_SR), hidden_size
-        rows_SD = torch.empty(shape, dtype=dtype, device=data_SR.device)
-        for chunk in row_chunks(len(data_SR), hidden_size):
-            self._decode_rows(data_SR[chunk], rows_SD[chunk])
-        return rows_SD
+        return decode_rows(data_SR, hidden_size, dtype, self._decode)
 
-    def _encode_rows(self, rows_SD: torch.Tensor, data_SR: torch.Tensor) -> None:
+    def _encode(self, rows_SD: torch.Tensor, data_SR: torch.Tensor) -> None:
         count, hidden_size = rows_SD.shape
         grouped_SGN = group_rows(rows_SD, GROUP_VALUES)
-        scale_SG = find_scales(grouped_SGN)
+        bfloat16_SG = find_scales(grouped_SGN)
+        scale_SG = bfloat16_SG.to(torch.float32)
+        check_finite(scale_SG, rows_SD.dtype, self.name)
         scale_bytes = SCALE_BYTES * scale_SG.shape[1]
-        data_SR[:, :scale_bytes] = scale_SG.view(torch.uint8)
-        scale_SG = scale_SG.to(torch.float32)
-        if scale_SG.numel():
-            check_finite(scale_SG.amax(), rows_SD.dtype, self.name)
-        parts_SGN = grouped_SGN * scale_SG.reciprocal_()[:, :, None]
-        codes_SGN = torch.bucketize(parts_SGN, _middles().to(parts_SGN.device), out_int32=True)
-        data_SR[:, scale_bytes:] = codes_SGN.view(count, -1)[:, :hidden_size]
+        data_SR[:, :scale_bytes] = bfloat16_SG.view(torch.uint8)
+        # To search among the map's middles takes twenty times as long as to look the code up for
+        # each of float16's bit patterns, whose steps near one are a thirtieth of the map's.
+        parts_SGN = (grouped_SGN * scale_SG.reciprocal_().unsqueeze_(2)).to(torch.float16)
+        patterns = parts_SGN.view(torch.int16).view(-1).to(torch.int32).bitwise_and_(0xFFFF)
+        codes = _codes_of_float16(rows_SD.device).index_select(0, patterns)
+        data_SR[:, scale_bytes:] = codes.view(count, -1)[:, :hidden_size]
 
-    def _decode_rows(self, data_SR: torch.Tensor, rows_SD: torch.Tensor) -> None:
-        hidden_size = rows_SD.shape[1]
+    def _decode(self, data_SR: torch.Tensor, rows_SD: torch.Tensor) -> None:
+        count, hidden_size = rows_SD.shape
         groups = count_groups(hidden_size, GROUP_VALUES)
-        scale_SG, scale_bytes = read_scales(data_SR, groups), SCALE_BYTES * groups
-        values = dynamic_map().to(data_SR.device)
-        grouped_SGN = group_rows(values[data_SR[:, scale_bytes:].to(torch.int32)], GROUP_VALUES)
-        grouped_SGN = grouped_SGN * scale_SG[:, :, None]
-        rows_SD.copy_(grouped_SGN.view(len(rows_SD), -1)[:, :hidden_size])
+        scale_SG = read_numbers(data_SR, 0, groups).to(torch.float32)
+        width = groups * GROUP_VALUES
+        index_SD = torch.zeros((count, width), dtype=torch.int32, device=data_SR.device)
+        index_SD[:, :hidden_size] = data_SR[:, SCALE_BYTES * groups :]
+        values = _map_on(data_SR.device).index_select(0, index_SD.view(-1))
+        grouped_SGN = values.view(count, groups, GROUP_VALUES).mul_(scale_SG.unsqueeze_(2))
+        store_values(grouped_SGN.view(count, -1)[:, :hidden_size], rows_SD)
 
 
 @functools.cache
-def _middles() -> torch.Tensor:
-    """Between neighbours of the map; above one, the upper neighbour is nearer."""
+def _map_on(device: torch.device) -> torch.Tensor:
+    return dynamic_map().to(device)
+
+
+@functools.cache
+def _codes_of_float16(device: torch.device) -> torch.Tensor:
+    """For each bit pattern of float16 the index of the nearest value in the map, uint8."""
     values = dynamic_map()
-    return (values[1:] + values[:-1]) / 2
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    middles = (values[1:] + values[:-1]) / 2
+    return torch.bucketize(patterns.to(torch.float32), middles).to(torch.uint8).to(device)

@@ -6,7 +6,7 @@ bfloat16: it has float32's range, so that neither an activation of many thousand
 1e-9 is out of it, and what its coarse steps lose is lost to the size of the code's steps, not to
 the values.
 
-Shapes: S rows, D hidden size, G groups of a row, N values of a group.
+Shapes: S rows, D hidden size, G groups of a row, N values of a group, R bytes of an encoded row.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ def count_groups(hidden_size: int, group_values: int) -> int:
 
 
 def group_rows(rows_SD: torch.Tensor, group_values: int) -> torch.Tensor:
-    """Rows as groups, ``[S, G, N]`` float32; the last one is filled up with zeros."""
+    """Rows as groups, ``[S, G, N]`` float32; the last one is filled up with zeros.
+
+    Shares the rows' memory where it can: not to be written to.
+    """
     count, hidden_size = rows_SD.shape
     groups = count_groups(hidden_size, group_values)
-    rows_SD = rows_SD.to(torch.float32)
-    padding = groups * group_values - hidden_size
-    if padding:
-        rows_SD = torch.nn.functional.pad(rows_SD, (0, padding))
-    return rows_SD.reshape(count, groups, group_values)
+    if hidden_size == groups * group_values:
+        return rows_SD.to(torch.float32).reshape(count, groups, group_values)
+    shape = count, groups * group_values
+    padded_SD = torch.empty(shape, dtype=torch.float32, device=rows_SD.device)
+    padded_SD[:, :hidden_size] = rows_SD
+    padded_SD[:, hidden_size:] = 0
+    return padded_SD.view(count, groups, group_values)
 
 
 def find_scales(grouped_SGN: torch.Tensor) -> torch.Tensor:
@@ -40,13 +45,23 @@ def find_scales(grouped_SGN: torch.Tensor) -> torch.Tensor:
 
     What is divided by it may be up to ``1 + 2**-8``, since it may have been rounded down.
     """
-    return grouped_SGN.abs().amax(dim=2).clamp_min_(SMALLEST_SCALE).to(torch.bfloat16)
+    # Two passes that only read are quicker than one that writes absolute values.
+    largest_SG = torch.maximum(grouped_SGN.amax(dim=2), grouped_SGN.amin(dim=2).neg_())
+    return largest_SG.clamp_min_(SMALLEST_SCALE).to(torch.bfloat16)
 
 
-def read_scales(data_SR: torch.Tensor, groups: int) -> torch.Tensor:
-    """The scales at the head of encoded rows, ``[S, G]`` float32."""
-    # Copied, since a row may begin at an odd address.
-    shape = len(data_SR), SCALE_BYTES * groups
-    bytes_SR = torch.empty(shape, dtype=torch.uint8, device=data_SR.device)
-    bytes_SR.copy_(data_SR[:, : shape[1]])
-    return bytes_SR.view(torch.bfloat16).to(torch.float32)
+def read_numbers(
+    data_SR: torch.Tensor, start: int, count: int, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """Numbers that stand in encoded rows, ``[S, count]`` in ``dtype``; always a copy.
+
+    Args:
+        data_SR: encoded rows, which may begin at odd addresses.
+        start: of the numbers, in bytes.
+        count: of them in each row.
+        dtype: of them.
+    """
+    size = count * dtype.itemsize
+    bytes_SR = torch.empty((data_SR.shape[0], size), dtype=torch.uint8, device=data_SR.device)
+    bytes_SR.copy_(data_SR[:, start : start + size])
+    return bytes_SR.view(dtype)

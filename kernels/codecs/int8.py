@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.codecs.groups import SCALE_BYTES, count_groups, find_scales, group_rows, read_scales
-from kernels.codecs.rows import check_finite, row_chunks
+from kernels.codecs.groups import SCALE_BYTES, count_groups, find_scales, group_rows, read_numbers
+from kernels.codecs.rows import check_finite, decode_rows, encode_rows, store_values
 
 GROUP_VALUES = 64
 """Values that share a scale: a 16-bit scale for 64 values costs 3 % of the bytes, and an outlier
@@ -35,39 +35,30 @@ class Int8Codec:
 
     def encode(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Rows as bytes."""
-        rows_SD = hidden_SD.detach()
-        count, hidden_size = rows_SD.shape
-        shape = count, self.row_bytes(hidden_size, rows_SD.dtype)
-        data_SR = torch.empty(shape, dtype=torch.uint8, device=rows_SD.device)
-        for chunk in row_chunks(count, hidden_size):
-            self._encode_rows(rows_SD[chunk], data_SR[chunk])
-        return data_SR.cpu()
+        row_bytes = self.row_bytes(hidden_SD.shape[1], hidden_SD.dtype)
+        return encode_rows(hidden_SD, row_bytes, self._encode)
 
     def decode(self, data_SR: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
         """Bytes as rows."""
-        shape = len(data_SR), hidden_size
-        rows_SD = torch.empty(shape, dtype=dtype, device=data_SR.device)
-        for chunk in row_chunks(len(data_SR), hidden_size):
-            self._decode_rows(data_SR[chunk], rows_SD[chunk])
-        return rows_SD
+        return decode_rows(data_SR, hidden_size, dtype, self._decode)
 
-    def _encode_rows(self, rows_SD: torch.Tensor, data_SR: torch.Tensor) -> None:
+    def _encode(self, rows_SD: torch.Tensor, data_SR: torch.Tensor) -> None:
         count, hidden_size = rows_SD.shape
         grouped_SGN = group_rows(rows_SD, GROUP_VALUES)
-        scale_SG = find_scales(grouped_SGN)
+        bfloat16_SG = find_scales(grouped_SGN)
+        scale_SG = bfloat16_SG.to(torch.float32)
+        check_finite(scale_SG, rows_SD.dtype, self.name)
         scale_bytes = SCALE_BYTES * scale_SG.shape[1]
-        data_SR[:, :scale_bytes] = scale_SG.view(torch.uint8)
-        scale_SG = scale_SG.to(torch.float32)
-        if scale_SG.numel():
-            check_finite(scale_SG.amax(), rows_SD.dtype, self.name)
-        codes_SGN = (grouped_SGN * (LARGEST_CODE / scale_SG)[:, :, None]).round_()
-        data_SR[:, scale_bytes:].view(torch.int8).copy_(codes_SGN.view(count, -1)[:, :hidden_size])
+        data_SR[:, :scale_bytes] = bfloat16_SG.view(torch.uint8)
+        codes_SGN = grouped_SGN * (LARGEST_CODE / scale_SG).unsqueeze_(2)
+        codes_SD = codes_SGN.round_().view(count, -1)[:, :hidden_size]
+        data_SR[:, scale_bytes:].view(torch.int8).copy_(codes_SD)
 
-    def _decode_rows(self, data_SR: torch.Tensor, rows_SD: torch.Tensor) -> None:
-        hidden_size = rows_SD.shape[1]
+    def _decode(self, data_SR: torch.Tensor, rows_SD: torch.Tensor) -> None:
+        count, hidden_size = rows_SD.shape
         groups = count_groups(hidden_size, GROUP_VALUES)
-        scale_SG, scale_bytes = read_scales(data_SR, groups), SCALE_BYTES * groups
-        codes_SD = data_SR[:, scale_bytes:].view(torch.int8)
+        scale_SG = read_numbers(data_SR, 0, groups).to(torch.float32)
+        codes_SD = data_SR[:, SCALE_BYTES * groups :].view(torch.int8)
         grouped_SGN = group_rows(codes_SD, GROUP_VALUES)
-        grouped_SGN *= (scale_SG * STEP)[:, :, None]
-        rows_SD.copy_(grouped_SGN.view(len(rows_SD), -1)[:, :hidden_size])
+        grouped_SGN *= scale_SG.mul_(STEP).unsqueeze_(2)
+        store_values(grouped_SGN.view(count, -1)[:, :hidden_size], rows_SD)

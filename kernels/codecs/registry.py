@@ -5,7 +5,7 @@ from __future__ import annotations
 from kernels.codecs.cast import CastCodec
 from kernels.codecs.codec import Codec
 from kernels.codecs.dynamic8 import Dynamic8Codec
-from kernels.codecs.int4 import Int4Codec
+from kernels.codecs.hadamard import HadamardCodec
 from kernels.codecs.int8 import Int8Codec
 from kernels.codecs.raw import RawCodec
 from kernels.errors import UnknownCodec
@@ -16,7 +16,8 @@ _ALL: tuple[Codec, ...] = (
     CastCodec("float16"),
     Int8Codec(),
     Dynamic8Codec(),
-    Int4Codec(),
+    HadamardCodec(5),
+    HadamardCodec(4),
 )
 
 _CODECS = {codec.name: codec for codec in _ALL}

@@ -19,7 +19,8 @@ from kernels.errors import NotFinite, UnknownCodec
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LOSSY = [name for name in CODEC_NAMES if find_codec(name).is_lossy]
-BY_GROUPS = ["int8", "dynamic8", "int4"]
+BY_GROUPS = ["int8", "dynamic8"]
+ROTATED = ["hadamard4", "hadamard5"]
 
 every_codec = pytest.mark.parametrize("name", CODEC_NAMES)
 every_lossy = pytest.mark.parametrize("name", LOSSY)

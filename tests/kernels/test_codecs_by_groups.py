@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.codecs import dynamic8, int4, int8
+from kernels.codecs import dynamic8, int8, plain
 from kernels.codecs.dynamic8 import dynamic_map
-from kernels.codecs.groups import read_scales
+from kernels.codecs.groups import read_numbers
 from kernels.codecs.registry import find_codec
 
 BFLOAT16 = torch.bfloat16
@@ -40,7 +40,10 @@ uneven = st.builds(
 )
 
 
-@pytest.mark.parametrize(("name", "most"), [("int8", 0.52), ("dynamic8", 0.51), ("int4", 0.30)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("int8", 0.52), ("dynamic8", 0.51), ("hadamard5", 0.365), ("hadamard4", 0.30)],
+)
 @pytest.mark.parametrize("width", [576, 2048, 4096, 5120, 8192])
 def test_rows_are_as_small_as_claimed(name: str, most: float, width: int) -> None:
     assert find_codec(name).row_bytes(width, BFLOAT16) <= most * 2 * width
@@ -94,17 +97,16 @@ def test_dynamic8_takes_the_nearest_of_its_map(rows_SD: torch.Tensor) -> None:
     data = codec.encode(rows_SD)
     decoded = codec.decode(data, rows_SD.shape[1], torch.float32)
     groups = -(-rows_SD.shape[1] // dynamic8.GROUP_VALUES)
-    scale_SG = read_scales(data, groups)
+    scale_SG = read_numbers(data, 0, groups).float()
     scale_SD = scale_SG.repeat_interleave(dynamic8.GROUP_VALUES, dim=1)[:, : rows_SD.shape[1]]
     best = (dynamic_map() * scale_SD[:, :, None] - rows_SD[:, :, None]).abs().amin(dim=2)
-    # Between two that are as near, rounding decides.
-    assert ((decoded - rows_SD).abs() <= best + 1e-6 * rows_SD.abs()).all()
+    # Between two that are as near in float16, rounding decides.
+    assert ((decoded - rows_SD).abs() <= best + 2.0**-10 * rows_SD.abs() + 1e-7 * scale_SD).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows_SD=uneven)
-def test_int4_errs_by_half_a_step_of_the_groups_largest(rows_SD: torch.Tensor) -> None:
-    codec = find_codec("int4")
-    decoded = codec.decode(codec.encode(rows_SD), rows_SD.shape[1], torch.float32)
-    largest = largest_of_group(rows_SD, int4.GROUP_VALUES)
-    assert ((decoded - rows_SD).abs() <= largest / 7 * (0.5 + 2**-7)).all()
+def test_the_fast_way_gives_the_bytes_of_the_plain_one(rows_SD: torch.Tensor) -> None:
+    for name, encode in (("int8", plain.encode_int8), ("dynamic8", plain.encode_dynamic8)):
+        data = find_codec(name).encode(rows_SD)
+        assert [bytes(row.tolist()) for row in data] == [encode(row_D) for row_D in rows_SD]
