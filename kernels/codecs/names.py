@@ -6,6 +6,7 @@ CODECS: dict[str, str] = {
     "float16": "16 bits with more digits and less range",
     "int8": "8 bits in equal steps, scaled in small groups",
     "dynamic8": "8 bits with finer steps for small values",
-    "int4": "4 bits, for links on which nothing else is usable",
+    "hadamard5": "5 bits, rotated, a third of bfloat16's bytes",
+    "hadamard4": "4 bits, rotated, less than that, at a price in quality",
 }
 """By name: how each writes hidden states."""
