@@ -103,12 +103,7 @@ class DecoderBlock:
         else:
             self._mlp = mlp()
         self._down_norm = norm(names.down_norm)
-        self._finish = {
-            "sequential": self._finish_in_turn,
-            "parallel": self._finish_in_parallel,
-            "post_norms": self._finish_normed,
-            "norms_kept": self._finish_with_norms,
-        }[config.wiring]
+        self._finish = _FINISHES[config.wiring]
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -211,7 +206,7 @@ class DecoderBlock:
             attended_SA: what `attend` gave.
             adapters: as for `step`.
         """
-        return self._finish(hidden_SD, x_SD, attended_SA, adapters)
+        return self._finish(self, hidden_SD, x_SD, attended_SA, adapters)
 
     def forward(
         self,
@@ -240,7 +235,8 @@ class DecoderBlock:
             keys_BTKH = _stand_before(keys, keys_BTKH)
             values_BTKH = _stand_before(values, values_BTKH)
         attended_SD = self._attention.batch(query_BSNH, keys_BTKH, values_BTKH, mask_BT)
-        return self._finish(rows_SD, x_SD, attended_SD, adapters).reshape(batch, tokens, width)
+        output_SD = self._finish(self, rows_SD, x_SD, attended_SD, adapters)
+        return output_SD.reshape(batch, tokens, width)
 
     def _finish_in_turn(
         self,
@@ -284,6 +280,15 @@ class DecoderBlock:
     ) -> torch.Tensor:
         normed_SD = _normed(self._mlp_norm, self._output.add_to(x_SD, attended_SD, adapters))
         return self._mlp.add_to(normed_SD, normed_SD, adapters)
+
+
+# Functions, and not methods of the block: it would hold on to itself, and never be freed.
+_FINISHES = {
+    "sequential": DecoderBlock._finish_in_turn,
+    "parallel": DecoderBlock._finish_in_parallel,
+    "post_norms": DecoderBlock._finish_normed,
+    "norms_kept": DecoderBlock._finish_with_norms,
+}
 
 
 def _make_projection(

@@ -168,6 +168,10 @@ class CacheArena:
         self._moves = 0
         self._packings = 0
 
+    def release(self) -> None:
+        """Frees the memory; no sequence is open, and none is to be opened any more."""
+        self.keys_KTH, self.values_KTH = [], []
+
     @staticmethod
     def bytes_per_block(config: ModelConfig, *, capacity_tokens: int, dtype: torch.dtype) -> int:
         """The memory that an arena of that size takes for each block."""

@@ -190,6 +190,15 @@ class Span:
             hidden_BSD = self.block(number).forward(hidden_BSD, positions, mask_BT, in_block)
         return hidden_BSD
 
+    def shed(self, start: int, end: int) -> None:
+        """Gives up its blocks outside of some others; it can run no more, but be loaded beside."""
+        first, last = max(start, self.start), min(end, self.end)
+        kept = self._blocks[first - self.start : last - self.start] if first < last else ()
+        self._blocks = kept
+        self._graphs = None
+        self.start = first if kept else self.start
+        self.end = self.start + len(kept)
+
     def block(self, number: int) -> DecoderBlock:
         """One of its blocks, by its absolute number."""
         return self._blocks[number - self.start]
@@ -256,6 +265,7 @@ def load_span(
     dtype: torch.dtype,
     device: torch.device,
     quant: str = UNQUANTISED,
+    beside: Span | None = None,
     on_block: Callable[[int], None] | None = None,
 ) -> Span:
     """Reads the tensors of some blocks, and no others.
@@ -268,6 +278,7 @@ def load_span(
         device: where.
         quant: a name of `kernels.quant.formats.WEIGHT_FORMATS`, for the linear layers' weights.
             Without one they are in ``dtype``, or quantised as the checkpoint has them.
+        beside: a span of the same model, loaded in the same way: its blocks are shared, not read.
         on_block: called with the number of each block that was read; what it raises ends loading.
 
     Raises:
@@ -282,6 +293,9 @@ def load_span(
         )
     blocks = []
     for number in range(start, end):
+        if beside is not None and beside.start <= number < beside.end:
+            blocks.append(beside.block(number))
+            continue
         try:
             with checkpoint.open() as reader:
                 loader = LayerLoader(

@@ -7,7 +7,7 @@ would not take: longer, of other blocks, or while it leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -78,10 +78,18 @@ class _RefusedPass(PetaldError):
 
 @dataclass(eq=False, slots=True)
 class _PassStream:
-    """One client's stream."""
+    """One client's stream.
+
+    Attributes:
+        passes: run what it asks for; a stream stays with what it began on.
+        adapters: that go with them.
+        hosted: of these, the one that the client chose by its name.
+    """
 
     request: OpenPass
     client: MessageStream
+    passes: HostedPasses
+    adapters: AdapterStore
     hosted: tuple[SpanAdapter, ...]
     inbox_in: trio.MemorySendChannel[Message] = field(init=False)
     inbox_out: trio.MemoryReceiveChannel[Message] = field(init=False)
@@ -126,10 +134,9 @@ class PassServer:
         self._is_draining = is_draining
         self._streams: set[_PassStream] = set()
         self._running = 0
+        self._hidden_size = passes.span.config.hidden_size
         self._max_tokens = min(
-            config.max_pass_tokens,
-            max_pass_tokens(passes.span.config.hidden_size),
-            passes.max_sequence_tokens,
+            config.max_pass_tokens, max_pass_tokens(self._hidden_size), passes.max_sequence_tokens
         )
 
     def start(self) -> None:
@@ -140,6 +147,32 @@ class PassServer:
     def streams(self) -> int:
         """How many are open."""
         return len(self._streams)
+
+    async def move(
+        self, passes: HostedPasses, adapters: AdapterStore, *, deadline_s: float
+    ) -> None:
+        """Takes new streams for another span from now on, and ends those that are open.
+
+        What is being computed is answered, if that takes no longer than ``deadline_s``. The clients
+        go elsewhere.
+        """
+        before = [one for one in self._streams if one.passes is not passes]
+        self._passes, self._adapters = passes, adapters
+        await self._end(before, deadline_s)
+
+    async def end_streams(self, *, deadline_s: float) -> None:
+        """Ends all open streams, as `move` does."""
+        await self._end(list(self._streams), deadline_s)
+
+    async def _end(self, streams: Sequence[_PassStream], deadline_s: float) -> None:
+        with trio.move_on_after(deadline_s):
+            while any(one.is_busy for one in streams):  # noqa: ASYNC110  # as in `drain`
+                await trio.sleep(0.05)
+        async with trio.open_nursery() as nursery:
+            for one in streams:
+                nursery.start_soon(one.client.abort)
+        while not self._streams.isdisjoint(streams):  # noqa: ASYNC110  # as they end
+            await trio.sleep(0.01)
 
     async def drain(self, *, deadline_s: float) -> None:
         """Waits until what is being computed has been answered; the rest is refused meanwhile."""
@@ -203,11 +236,11 @@ class PassServer:
         if len(self._streams) >= most or own >= max(1, most - most // FAIR_SHARE):
             text = f"{len(self._streams)} of {most} streams are open here, {own} of them yours"
             raise _RefusedPass("overloaded", text, RETRY_AFTER_S)
-        opened = _PassStream(request, client, hosted)
+        opened = _PassStream(request, client, self._passes, self._adapters, hosted)
         self._streams.add(opened)
         client.limit_received(
             max_pass_message_bytes(
-                self._max_tokens, span.config.hidden_size, self._adapters.max_adapter_bytes
+                self._max_tokens, self._hidden_size, self._adapters.max_adapter_bytes
             )
         )
         return opened
@@ -215,7 +248,7 @@ class PassServer:
     async def _serve(self, opened: _PassStream) -> None:
         await opened.client.send(
             PassOpened(
-                max_tokens=self._max_tokens, max_adapter_bytes=self._adapters.max_adapter_bytes
+                max_tokens=self._max_tokens, max_adapter_bytes=opened.adapters.max_adapter_bytes
             )
         )
         async with trio.open_nursery() as nursery:
@@ -253,9 +286,11 @@ class PassServer:
         try:
             if self._is_draining():
                 raise _RefusedPass("draining", "this server is leaving the swarm")
+            if opened.passes is not self._passes:
+                raise _RefusedPass("missing_blocks", "this server hosts other blocks now")
             if isinstance(request, LendAdapter):
                 asked = opened.request
-                await self._adapters.take(
+                await opened.adapters.take(
                     request.adapter, request.form, request.values, asked.start, asked.end
                 )
                 return AdapterLent(number=request.number)
@@ -269,7 +304,7 @@ class PassServer:
             return PassFailed(number=request.number, code=error.code, text=str(error)[:4096])
 
     async def _forward(self, opened: _PassStream, request: RunForward) -> Message:
-        output_BSD, spent = await self._passes.run_forward(
+        output_BSD, spent = await opened.passes.run_forward(
             partial(self._read_work, opened, request), peer=opened.client.remote_peer
         )
         codec = self._choose_codec(opened, output_BSD, opened.request.codec)
@@ -289,7 +324,7 @@ class PassServer:
             gradient_SD = await off_loop(self._decode_rows, request.gradient, size_bytes=size_bytes)
             return work, gradient_SD.view(work.hidden_BSD.shape)
 
-        gradients, spent = await self._passes.run_backward(
+        gradients, spent = await opened.passes.run_backward(
             read_work, peer=opened.client.remote_peer
         )
         codec = self._choose_codec(opened, gradients.hidden_BSD, opened.request.gradient_codec)
@@ -322,12 +357,12 @@ class PassServer:
         asked = opened.request
         trained = None
         if request.adapter is not None:
-            trained = self._adapters.find_lent(request.adapter, asked.start, asked.end)
+            trained = opened.adapters.find_lent(request.adapter, asked.start, asked.end)
             if trained is None:
                 raise _RefusedPass(CODE_UNKNOWN_ADAPTER, "this server does not have the adapter")
         mask_BS = None
         if request.mask is not None:
-            mask_BS = mask_from_wire(request.mask, sequences, tokens).to(self._passes.span.device)
+            mask_BS = mask_from_wire(request.mask, sequences, tokens).to(opened.passes.span.device)
         hidden_SD = await off_loop(
             self._decode_rows, request.hidden, size_bytes=len(request.hidden.data)
         )

@@ -29,20 +29,17 @@ def parse_blocks(text: str) -> tuple[int, int]:
     raise ConfigError(f'blocks are written as START:END, say 0:10, or "auto"; {text!r} came')
 
 
-def count_fitting_blocks(
-    block_bytes: Sequence[int], *, cache_bytes_per_block: int, memory_bytes: int
-) -> int:
+def count_fitting_blocks(block_bytes: Sequence[int], *, memory_bytes: int) -> int:
     """How many consecutive blocks fit, wherever they begin; 0 if not one does.
 
     Args:
-        block_bytes: weights of each block, in the dtype that they are held in.
-        cache_bytes_per_block: of the KV-cache arena.
+        block_bytes: of each block, its weights and its part of the KV-cache arena.
         memory_bytes: what may be taken.
     """
     fitting = 0
     taken = 0
     for size in sorted(block_bytes, reverse=True):
-        taken += size + cache_bytes_per_block
+        taken += size
         if taken > memory_bytes:
             break
         fitting += 1

@@ -25,7 +25,7 @@ from petald.devices import dtype_name
 from petald.local_model import LocalModels, ModelIdentity
 from petald.router import Router
 from petald.serving import Serving
-from petald.swarm import Server
+from petald.swarm import Server, ServerState
 
 VERSION = importlib.metadata.version("petald")
 
@@ -148,14 +148,14 @@ def _whole(rate: float | None) -> int | None:
 
 
 def _span_status(serving: Serving) -> SpanStatus:
-    hosted = serving.hosted
+    hosted = serving.hosting.hosted
     span, arena = hosted.span, hosted.arena
     return SpanStatus(
         model=serving.identity.name,
         fingerprint=serving.identity.fingerprint.hex(),
         start=span.start,
         end=span.end,
-        state="draining" if serving.server.is_draining else "serving",
+        state="draining" if serving.state == ServerState.LEAVING else "serving",
         quant=serving.quant,
         dtype=dtype_name(span.dtype),
         device=str(span.device),

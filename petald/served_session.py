@@ -139,7 +139,7 @@ class ServedSession:
         self.last_active_at = trio.current_time()
         self.is_busy = False
         self._network = network
-        self._hosted = hosted
+        self.hosted = hosted
         self._codecs = codecs
         self._inbox_in, self._inbox_out = trio.open_memory_channel[Message | _Pushed](INBOX_STEPS)
         self._received = 0
@@ -180,6 +180,11 @@ class ServedSession:
                 for stream in (self._next_stream, self._previous_stream):
                     if stream is not None:
                         await stream.abort()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it serves no more."""
+        return self._has_ended
 
     def is_in_use(self, idle_s: float, *, since: float) -> bool:
         """Whether its client would miss it now.
@@ -243,7 +248,7 @@ class ServedSession:
                     attach,
                     messages,
                     self.cache,
-                    hosted=self._hosted,
+                    hosted=self.hosted,
                     blocks=(self.request.start, self.request.end),
                 )
                 self.state.on_handed_over(attach.tokens)
@@ -373,7 +378,7 @@ class ServedSession:
                 item,
                 self.cache,
                 network=self._network,
-                hosted=self._hosted,
+                hosted=self.hosted,
                 blocks=(self.request.start, self.request.end),
             )
         except (P2PError, PetaldError, KernelError) as error:
@@ -417,7 +422,7 @@ class ServedSession:
             return None
         if isinstance(decision, RepeatOutput):
             return self._last_output
-        span, previous = self._hosted.span, self.previous
+        span, previous = self.hosted.span, self.previous
         hidden_SD = await off_loop(
             partial(
                 from_wire,
@@ -430,7 +435,7 @@ class ServedSession:
             size_bytes=4 * math.prod(shape),
         )
         with self._truncated_on_failure(decision.truncate_to):
-            timed = await self._hosted.run_step(
+            timed = await self.hosted.run_step(
                 self.cache,
                 hidden_SD,
                 position=decision.truncate_to,
@@ -448,7 +453,7 @@ class ServedSession:
     ) -> _Output:
         client = self.client.remote_peer
         asked = self.request.codec
-        if self.request.end not in (step.until, self._hosted.span.config.num_blocks):
+        if self.request.end not in (step.until, self.hosted.span.config.num_blocks):
             to = [client] if self._next_peer is None else [self._next_peer, client]
             hidden = await self._codecs.encode(output_SD, asked, to=to)
             return _Output(step, hidden, is_result=False, times=times)

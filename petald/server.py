@@ -7,6 +7,8 @@ session's cache and links are gone when its task is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import trio
 
 from kernels.adapter import SpanAdapter
@@ -70,6 +72,11 @@ class Server:
         config: limits.
         adapters: that clients lend, and that this server hosts; none by default.
         codecs: encode what is sent.
+
+    Attributes:
+        hosted: what new sessions are run on; an open one stays on what it began on.
+        adapters: that go with it.
+        caches_received: from hops that handed over, since the start.
     """
 
     def __init__(
@@ -83,7 +90,7 @@ class Server:
         codecs: MessageCodecs | None = None,
     ) -> None:
         self._network = network
-        self._hosted = hosted
+        self.hosted = hosted
         self.codecs = codecs or MessageCodecs(network)
         self.adapters = adapters or AdapterStore(hosted.span, limit_bytes=0, max_adapter_bytes=0)
         self._fingerprint = fingerprint
@@ -126,15 +133,35 @@ class Server:
         ``deadline_s``, none is.
         """
         self._is_draining = True
-        with trio.move_on_after(deadline_s):
-            async with trio.open_nursery() as nursery:
-                for session in list(self._sessions.values()):
-                    nursery.start_soon(session.tell_leaving, deadline_s)
-            told_at = trio.current_time()
-            while any(  # noqa: ASYNC110  # idleness comes by time, not by an event
-                session.is_in_use(idle_s, since=told_at) for session in self._sessions.values()
-            ):
-                await trio.sleep(0.05)
+        await self._wait_moved(list(self._sessions.values()), deadline_s, idle_s)
+
+    async def move(
+        self,
+        hosted: HostedSpan,
+        adapters: AdapterStore,
+        *,
+        deadline_s: float,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        """Takes new sessions on another span from now on, and has those that are open move away.
+
+        Those that have not after ``deadline_s``, or do nothing, are ended: their clients find
+        another server when they need one. What they ran on is in no use when this returns.
+        """
+        before = list(self._sessions.values())
+        self.hosted, self.adapters = hosted, adapters
+        await self._wait_moved(before, deadline_s, idle_s)
+        await self.end_sessions(before)
+
+    async def end_sessions(self, sessions: Sequence[ServedSession] | None = None) -> None:
+        """Ends open sessions, all by default, and waits until their room is given back."""
+        leaving = self._sessions.values() if sessions is None else sessions
+        names = [one.request.session for one in leaving if not one.has_ended]
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(self._sessions[name].client.abort)
+        while any(name in self._sessions for name in names):  # noqa: ASYNC110  # as they end
+            await trio.sleep(0.01)
 
     async def serve_session(self, stream: Stream) -> None:
         """Serves one session, from its client's stream."""
@@ -155,7 +182,22 @@ class Server:
                         log.info("session broken", reason=str(error))
                 finally:
                     del self._sessions[name]
-                    await self._hosted.close_cache(session.cache)
+                    await session.hosted.close_cache(session.cache)
+
+    async def _wait_moved(
+        self, sessions: Sequence[ServedSession], deadline_s: float, idle_s: float
+    ) -> None:
+        """Asks clients to move sessions, and waits until they have, or until the deadline."""
+        with trio.move_on_after(deadline_s):
+            async with trio.open_nursery() as nursery:
+                for session in sessions:
+                    nursery.start_soon(session.tell_leaving, deadline_s)
+            told_at = trio.current_time()
+            while any(  # noqa: ASYNC110  # idleness comes by time, not by an event
+                not session.has_ended and session.is_in_use(idle_s, since=told_at)
+                for session in sessions
+            ):
+                await trio.sleep(0.05)
 
     async def serve_push(self, stream: Stream) -> None:
         """Takes the steps that the hop before pushes, or the cache that one hands over."""
@@ -182,22 +224,23 @@ class Server:
         peer = client.remote_peer
         self._admit(request, peer)
         adapters = self._find_adapters(request)
+        hosted = self.hosted
         self._opening[request.session] = peer
         try:
-            cache = await self._hosted.open_cache(request.max_tokens, adapters)
+            cache = await hosted.open_cache(request.max_tokens, adapters)
         except CacheFull as error:
             raise _RefusedSession("overloaded", str(error), RETRY_AFTER_S) from error
         finally:
             del self._opening[request.session]
-        if self._is_draining:  # meanwhile: its client would not be told
-            await self._hosted.close_cache(cache)
+        if self._is_draining or hosted is not self.hosted:  # meanwhile: its client was not told
+            await hosted.close_cache(cache)
             raise _RefusedSession("draining", "this server is leaving the swarm")
         session = ServedSession(
             request,
             client,
             cache,
             network=self._network,
-            hosted=self._hosted,
+            hosted=hosted,
             codecs=self.codecs,
             max_step_tokens=self._config.max_step_tokens,
         )
@@ -205,7 +248,7 @@ class Server:
         return session
 
     def _admit(self, request: OpenSession, peer: str) -> None:
-        span = self._hosted.span
+        span = self.hosted.span
         if self._is_draining:
             raise _RefusedSession("draining", "this server is leaving the swarm")
         if request.model != self._fingerprint:
@@ -229,8 +272,8 @@ class Server:
         if taken >= most:
             text = f"all {most} sessions of this server are taken"
             raise _RefusedSession("overloaded", text, RETRY_AFTER_S)
-        if self._hosted.queued_tokens > MAX_QUEUED_STEPS * self._config.max_step_tokens:
-            text = f"{self._hosted.queued_tokens} tokens wait for the device already"
+        if self.hosted.queued_tokens > MAX_QUEUED_STEPS * self._config.max_step_tokens:
+            text = f"{self.hosted.queued_tokens} tokens wait for the device already"
             raise _RefusedSession("overloaded", text, RETRY_AFTER_S)
         peers = [session.client.remote_peer for session in self._sessions.values()]
         own = [*peers, *self._opening.values()].count(peer)

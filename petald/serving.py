@@ -1,70 +1,91 @@
-"""Bringing up the serving part of a daemon: which span, its weights, its cache, its speed."""
+"""The serving part of a daemon: which span it hosts, its announcement, and moves to other spans."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import random
-import threading
-import time
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import trio
 
-from kernels.checkpoint import Checkpoint
-from kernels.kv_cache import CacheArena
-from kernels.layer_loader import block_bytes
-from kernels.span import Span, load_span
-from kernels.step_graphs import CudaRecorder
+from kernels.errors import KernelError
 from p2p.network import Network
-from petald.adapter_store import AdapterStore
-from petald.codec_choice import AUTO
 from petald.config import ServeConfig
-from petald.devices import dtype_name, free_memory_bytes, parse_device, parse_dtype
+from petald.devices import dtype_name
 from petald.errors import ConfigError
 from petald.executor import Executor
-from petald.hosted_adapters import place_adapters, read_adapters
-from petald.hosted_passes import HostedPasses
-from petald.hosted_span import HostedSpan
+from petald.hosted_adapters import read_adapters
+from petald.hosting import Hosting, SpanLoader
 from petald.local_model import ModelIdentity, identify_model
 from petald.log import get_logger
 from petald.message_codecs import MessageCodecs
 from petald.notify import notify_status
 from petald.pass_server import PassServer
-from petald.placement import MEMORY_SHARE, choose_span, count_fitting_blocks, parse_blocks
+from petald.placement import choose_span, parse_blocks
 from petald.router import Router
 from petald.server import Server
-from petald.swarm import Announcement, RoundTripTo, ServerState, choose_next_hops, peer_digest
-from petald.throughput import measure_step_ms
+from petald.swarm import (
+    Announcement,
+    Claim,
+    RoundTripTo,
+    ServerState,
+    choose_next_hops,
+    peer_digest,
+)
 
 log = get_logger(__name__)
 
 VERSION = importlib.metadata.version("petald")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+MOVE_DEADLINE_S = 120.0
+"""For the sessions of a span that is given up: a replay of a long one on a slow machine takes a
+minute. Those that are left then are ended, and their clients recover as from a failure."""
+
+
 class Serving:
-    """The serving part of a daemon.
+    """The serving part of a daemon; made by `load_serving`.
+
+    Args:
+        identity: of the model.
+        config: how it is to be served.
+        loader: loads spans of it.
+        hosting: the first span.
+        server: of sessions.
+        pass_server: of passes.
+        network: to say where this peer is, and how far others are.
+        adapter_names: full names of the adapters that are hosted.
 
     Attributes:
-        step_ms: of a decode step through the span, measured at the start; announced until real
-            steps tell better.
+        hosting: the span that is served now.
         next_hops: the peers to which round trips are announced.
-        quant: the weight format.
-        codec: in which outputs are written where a job leaves it to this server.
-        adapter_names: full names of the adapters that are hosted.
+        claim: the move that is announced to be made; none where there is none.
     """
 
-    identity: ModelIdentity
-    hosted: HostedSpan
-    server: Server
-    pass_server: PassServer
-    network: Network
-    step_ms: float
-    quant: str = "none"
-    codec: str = AUTO
-    next_hops: list[str] = field(default_factory=list)
-    adapter_names: tuple[str, ...] = ()
+    def __init__(
+        self,
+        *,
+        identity: ModelIdentity,
+        config: ServeConfig,
+        loader: SpanLoader,
+        hosting: Hosting,
+        server: Server,
+        pass_server: PassServer,
+        network: Network,
+        adapter_names: tuple[str, ...] = (),
+    ) -> None:
+        self.identity = identity
+        self.hosting = hosting
+        self.server = server
+        self.next_hops: list[str] = []
+        self.claim: Claim | None = None
+        self._config = config
+        self._loader = loader
+        self._pass_server = pass_server
+        self._network = network
+        self._adapter_names = adapter_names
+        self._is_between = False
 
     @property
     def codecs(self) -> MessageCodecs:
@@ -72,50 +93,130 @@ class Serving:
         return self.server.codecs
 
     @property
-    def adapters(self) -> AdapterStore:
-        """What sessions and passes here can be run with."""
-        return self.server.adapters
+    def quant(self) -> str:
+        """The weight format."""
+        return self._config.quant
+
+    @property
+    def state(self) -> ServerState:
+        """What is announced."""
+        is_leaving = self.server.is_draining or self._is_between
+        return ServerState.LEAVING if is_leaving else ServerState.SERVING
 
     def make_announcement(self) -> Announcement:
         """What this server says of itself now."""
-        span, arena = self.hosted.span, self.hosted.arena
-        step_s = self.hosted.step_s
-        step_ms = self.step_ms if step_s is None else step_s * 1e3
-        state = ServerState.LEAVING if self.server.is_draining else ServerState.SERVING
+        hosted = self.hosting.hosted
+        span, arena = hosted.span, hosted.arena
+        step_ms = self.hosting.step_ms if hosted.step_s is None else hosted.step_s * 1e3
         return Announcement(
             model=self.identity.fingerprint,
             start=span.start,
             end=span.end,
-            state=state,
+            state=self.state,
             step_ms=round(step_ms, 2),
-            prefill_ms=round((self.hosted.token_s or 0.0) * 1e3, 3),
-            queue_ms=round(self.hosted.mean_queue_s * 1e3, 1),
+            prefill_ms=round((hosted.token_s or 0.0) * 1e3, 3),
+            queue_ms=round(hosted.mean_queue_s * 1e3, 1),
             round_trips=self._round_trips(),
             cache_tokens=arena.capacity_tokens,
             free_cache_tokens=arena.free_tokens,
             dtype=dtype_name(span.dtype),
-            quant=self.quant,
-            codec=self.codec,
+            quant=self._config.quant,
+            codec=self._config.codec,
             version=VERSION,
-            addresses=self.network.addresses[:16],
-            adapters=self.adapter_names,
+            addresses=self._network.addresses[:16],
+            adapters=self._adapter_names,
+            claim=self.claim,
         )
 
     async def drain(self, *, deadline_s: float) -> None:
         """Lets sessions move and passes end; see `Server.drain`."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(self.pass_server.drain, deadline_s=deadline_s))
+            nursery.start_soon(partial(self._pass_server.drain, deadline_s=deadline_s))
             await self.server.drain(deadline_s=deadline_s)
+
+    async def move(
+        self,
+        start: int,
+        end: int,
+        *,
+        on_changed: Callable[[], Awaitable[None]],
+        deadline_s: float = MOVE_DEADLINE_S,
+    ) -> None:
+        """Serves other blocks from now on.
+
+        Where memory allows, they are loaded while the old ones still serve, and sessions go to
+        other servers afterwards; else sessions go first, and what both spans share stays loaded.
+
+        Args:
+            start: first block.
+            end: the block after the last one.
+            on_changed: tells the swarm what `make_announcement` says now.
+            deadline_s: for open sessions to be moved by their clients.
+
+        Raises:
+            KernelError: the blocks cannot be loaded; the old ones are served on.
+        """
+        if self._loader.has_room(start, end, beside=self.hosting):
+            hosting = await self._loader.load(start, end, beside=self.hosting.span)
+        else:
+            hosting = await self._load_in_place(start, end, on_changed, deadline_s)
+        before, self.hosting = self.hosting, hosting
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                partial(
+                    self._pass_server.move,
+                    hosting.passes,
+                    hosting.adapters,
+                    deadline_s=deadline_s,
+                )
+            )
+            nursery.start_soon(
+                partial(self.server.move, hosting.hosted, hosting.adapters, deadline_s=deadline_s)
+            )
+            await on_changed()
+        log.info(
+            "moved",
+            before=f"{before.span.start}:{before.span.end}",
+            blocks=f"{hosting.span.start}:{hosting.span.end}",
+        )
+        notify_status(f"serving blocks {start}:{end} of {self.identity.name}")
+
+    async def _load_in_place(
+        self, start: int, end: int, on_changed: Callable[[], Awaitable[None]], deadline_s: float
+    ) -> Hosting:
+        """Ends all sessions, gives up what the spans do not share, and loads the rest."""
+        old = self.hosting
+        before = old.span.start, old.span.end
+        was_draining = self.server.is_draining
+        self._is_between = True
+        try:
+            self.server.stop_accepting()
+            await on_changed()
+            await self.drain(deadline_s=deadline_s)
+            await self.server.end_sessions()
+            await self._pass_server.end_streams(deadline_s=deadline_s)
+            await self._loader.shed(old, start, end)
+            try:
+                return await self._loader.load(start, end, beside=old.span)
+            except KernelError:
+                self.hosting = again = await self._loader.load(*before, beside=old.span)
+                await self.server.move(again.hosted, again.adapters, deadline_s=0)
+                await self._pass_server.move(again.passes, again.adapters, deadline_s=0)
+                raise
+        finally:
+            self._is_between = False
+            if not was_draining:
+                self.server.accept_again()
 
     async def measure_next_hops(self, router: Router, rng: random.Random) -> None:
         """Measures the way to those servers that a session here is likely to go on to."""
         view = await router.read_view(self.identity)
-        chosen = choose_next_hops(view, self.hosted.span.end, own=self.network.peer, rng=rng)
+        chosen = choose_next_hops(view, self.hosting.span.end, own=self._network.peer, rng=rng)
         await router.ping_all(chosen)
         self.next_hops[:] = chosen
 
     def _round_trips(self) -> tuple[RoundTripTo, ...]:
-        measured = [(peer, self.network.round_trip_s(peer)) for peer in self.next_hops]
+        measured = [(peer, self._network.round_trip_s(peer)) for peer in self.next_hops]
         return tuple(
             RoundTripTo(peer=peer_digest(peer), ms=round(seconds * 1e3, 2))
             for peer, seconds in measured
@@ -143,39 +244,23 @@ async def load_serving(
     """
     identity = await trio.to_thread.run_sync(identify_model, config.model)
     own = await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
-    start, end = await _choose_blocks(config, identity, router, rng)
-    started_at = time.perf_counter()
-    notify_status(f"loading blocks {start}:{end} of {identity.name}")
-    hosted, step_ms = await _load(config, identity, executor, start, end)
-    log.info(
-        "span loaded",
-        model=identity.name,
-        blocks=f"{start}:{end}",
-        dtype=dtype_name(hosted.span.dtype),
-        mib=hosted.span.weight_bytes >> 20,
-        seconds=round(time.perf_counter() - started_at, 2),
-        step_ms=round(step_ms, 2),
-    )
+    loader = SpanLoader(config, identity, executor, own)
+    start, end = await _choose_blocks(config, identity, loader, router, rng)
+    hosting = await loader.load(start, end)
     notify_status(f"serving blocks {start}:{end} of {identity.name}")
-    store = AdapterStore(
-        hosted.span,
-        hosted=await executor.run(place_adapters, own, hosted.span),
-        limit_bytes=config.adapter_bytes,
-        max_adapter_bytes=config.max_adapter_bytes,
-    )
     server = Server(
         network,
-        hosted,
+        hosting.hosted,
         fingerprint=identity.fingerprint,
         config=config,
-        adapters=store,
+        adapters=hosting.adapters,
         codecs=codecs,
     )
     server.start()
     pass_server = PassServer(
         network,
-        HostedPasses(hosted.span, executor, pass_bytes=config.pass_bytes),
-        adapters=store,
+        hosting.passes,
+        adapters=hosting.adapters,
         fingerprint=identity.fingerprint,
         config=config,
         is_draining=lambda: server.is_draining,
@@ -184,70 +269,22 @@ async def load_serving(
     pass_server.start()
     return Serving(
         identity=identity,
-        hosted=hosted,
+        config=config,
+        loader=loader,
+        hosting=hosting,
         server=server,
         pass_server=pass_server,
         network=network,
-        step_ms=step_ms,
-        quant=config.quant,
-        codec=config.codec,
         adapter_names=tuple(adapter.full_name for adapter in own),
     )
 
 
-async def _load(
-    config: ServeConfig, identity: ModelIdentity, executor: Executor, start: int, end: int
-) -> tuple[HostedSpan, float]:
-    device = parse_device(config.device)
-    is_cancelled = threading.Event()
-
-    def on_block(_: int) -> None:
-        if is_cancelled.is_set():
-            raise InterruptedError
-
-    def load() -> tuple[Span, CacheArena, float]:
-        span = load_span(
-            Checkpoint(identity.folder),
-            start,
-            end,
-            dtype=parse_dtype(config.dtype, device, quant=config.quant),
-            device=device,
-            quant=config.quant,
-            on_block=on_block,
-        )
-        arena = CacheArena(
-            span.config,
-            blocks=end - start,
-            capacity_tokens=config.cache_tokens,
-            dtype=span.dtype,
-            device=device,
-        )
-        if device.type == "cuda":
-            span.record_steps(CudaRecorder(device))
-        step_ms = measure_step_ms(span, arena)
-        if span.graphs_failure:
-            log.warning("decode steps are not recorded", reason=span.graphs_failure)
-        return span, arena, step_ms
-
-    async def set_when_cancelled() -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            is_cancelled.set()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(set_when_cancelled)
-        try:
-            span, arena, step_ms = await executor.run(load)
-        except InterruptedError:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            raise
-        nursery.cancel_scope.cancel()
-    return HostedSpan(span, arena, executor), step_ms
-
-
 async def _choose_blocks(
-    config: ServeConfig, identity: ModelIdentity, router: Router, rng: random.Random
+    config: ServeConfig,
+    identity: ModelIdentity,
+    loader: SpanLoader,
+    router: Router,
+    rng: random.Random,
 ) -> tuple[int, int]:
     num_blocks = identity.config.num_blocks
     if config.blocks != "auto":
@@ -258,25 +295,7 @@ async def _choose_blocks(
                 f"but {identity.name} has blocks 0:{num_blocks}"
             )
         return start, end
-    device = parse_device(config.device)
-    dtype = parse_dtype(config.dtype, device, quant=config.quant)
-    memory_bytes = config.memory_bytes or int(free_memory_bytes(device) * MEMORY_SHARE)
-    cache_bytes = CacheArena.bytes_per_block(
-        identity.config, capacity_tokens=config.cache_tokens, dtype=dtype
-    )
-    fitting = count_fitting_blocks(
-        [
-            block_bytes(identity.config, block, dtype=dtype, quant=config.quant)
-            for block in range(num_blocks)
-        ],
-        cache_bytes_per_block=cache_bytes,
-        memory_bytes=memory_bytes,
-    )
-    if not fitting:
-        raise ConfigError(
-            f"not one block of {identity.name} fits into {memory_bytes >> 20} MiB; "
-            "set [serve] memory_bytes higher, or cache_tokens lower"
-        )
+    fitting = loader.count_fitting()
     view = await router.read_view(identity)
     others = [server for server in view.servers if server.is_serving]
     log.debug("choosing a span", fitting=fitting, servers=len(others))

@@ -21,12 +21,12 @@ def test_what_is_no_span_is_refused(text: str) -> None:
         parse_blocks(text)
 
 
-def test_blocks_that_fit_are_counted_with_their_cache() -> None:
+def test_blocks_that_fit_are_counted() -> None:
     sizes = [100, 100, 100, 100]
-    assert count_fitting_blocks(sizes, cache_bytes_per_block=0, memory_bytes=399) == 3
-    assert count_fitting_blocks(sizes, cache_bytes_per_block=100, memory_bytes=400) == 2
-    assert count_fitting_blocks(sizes, cache_bytes_per_block=100, memory_bytes=199) == 0
-    assert count_fitting_blocks(sizes, cache_bytes_per_block=0, memory_bytes=10**9) == 4
+    assert count_fitting_blocks(sizes, memory_bytes=399) == 3
+    assert count_fitting_blocks([200] * 4, memory_bytes=400) == 2
+    assert count_fitting_blocks([200] * 4, memory_bytes=199) == 0
+    assert count_fitting_blocks(sizes, memory_bytes=10**9) == 4
 
 
 def test_the_least_covered_window_is_taken() -> None:

@@ -56,6 +56,7 @@ from petald.cache_transfer import TRANSFER_DEADLINE_S
 from petald.config import ServeConfig
 from petald.executor import Timed, open_executor
 from petald.hosted_span import MAX_DECODE_TOKENS, HostedSpan
+from petald.hosting import Hosting
 from petald.served_session import CODE_HAND_OVER_FAILED, INBOX_STEPS, SEND_DEADLINE_S
 from petald.server import Server
 from petald.serving import Serving
@@ -658,11 +659,17 @@ async def test_the_announced_step_time_follows_the_decode_steps() -> None:
         config = ServeConfig(model="fake")
         serving = Serving(
             identity=SimpleNamespace(fingerprint=MODEL),  # type: ignore[arg-type]
-            hosted=hosted,
+            config=config,
+            loader=None,  # type: ignore[arg-type]
+            hosting=Hosting(
+                hosted=hosted,
+                passes=None,  # type: ignore[arg-type]
+                adapters=None,  # type: ignore[arg-type]
+                step_ms=77.0,
+            ),
             server=Server(network, hosted, fingerprint=MODEL, config=config),
             pass_server=None,  # type: ignore[arg-type]
             network=network,
-            step_ms=77.0,
         )
 
         async def run(compute_s: float, *, tokens: int = 1, end: int = 8, times: int = 1) -> float:

@@ -1,0 +1,219 @@
+"""A span as it is hosted: its blocks, its cache, its adapters; and the loading of it.
+
+The next span is loaded in a thread of its own while the one before still serves, and shares the
+blocks that both have. Invariant: a `Hosting` that nobody uses any more frees all its memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import trio
+
+from kernels.checkpoint import Checkpoint
+from kernels.kv_cache import CacheArena
+from kernels.layer_loader import block_bytes
+from kernels.span import Span, load_span
+from kernels.step_graphs import CudaRecorder
+from petald.adapter_store import AdapterStore
+from petald.config import ServeConfig
+from petald.devices import dtype_name, free_memory_bytes, parse_device, parse_dtype
+from petald.errors import ConfigError
+from petald.executor import Executor
+from petald.hosted_adapters import HostedAdapter, place_adapters
+from petald.hosted_passes import HostedPasses
+from petald.hosted_span import HostedSpan
+from petald.local_model import ModelIdentity
+from petald.log import get_logger
+from petald.notify import notify_status
+from petald.placement import MEMORY_SHARE, count_fitting_blocks
+from petald.throughput import measure_step_ms
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hosting:
+    """One span, ready to serve.
+
+    Attributes:
+        hosted: runs steps.
+        passes: runs forward and backward passes.
+        adapters: what sessions and passes can be run with.
+        step_ms: of a decode step through the span, measured when it was loaded.
+    """
+
+    hosted: HostedSpan
+    passes: HostedPasses
+    adapters: AdapterStore
+    step_ms: float
+
+    @property
+    def span(self) -> Span:
+        """The blocks."""
+        return self.hosted.span
+
+
+class SpanLoader:
+    """Loads spans of one model, for one device.
+
+    Args:
+        config: how they are to be held.
+        identity: of the model.
+        executor: the device's thread.
+        adapters: that are hosted.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        identity: ModelIdentity,
+        executor: Executor,
+        adapters: Sequence[HostedAdapter],
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._executor = executor
+        self._adapters = tuple(adapters)
+        self._device = parse_device(config.device)
+        self._dtype = parse_dtype(config.dtype, self._device, quant=config.quant)
+
+    def block_bytes(self, block: int) -> int:
+        """The memory that a block's weights, and its part of the cache, will take."""
+        config = self._identity.config
+        weights = block_bytes(config, block, dtype=self._dtype, quant=self._config.quant)
+        return weights + CacheArena.bytes_per_block(
+            config, capacity_tokens=self._config.cache_tokens, dtype=self._dtype
+        )
+
+    def count_fitting(self) -> int:
+        """How many blocks fit, wherever they begin.
+
+        Raises:
+            ConfigError: not one does.
+        """
+        memory_bytes = self._config.memory_bytes
+        memory_bytes = memory_bytes or int(free_memory_bytes(self._device) * MEMORY_SHARE)
+        fitting = count_fitting_blocks(
+            [self.block_bytes(block) for block in range(self._identity.config.num_blocks)],
+            memory_bytes=memory_bytes,
+        )
+        if not fitting:
+            raise ConfigError(
+                f"not one block of {self._identity.name} fits into {memory_bytes >> 20} MiB; "
+                "set [serve] memory_bytes higher, or cache_tokens lower"
+            )
+        return fitting
+
+    def has_room(self, start: int, end: int, *, beside: Hosting) -> bool:
+        """Whether another span fits into the memory that is free while one still serves."""
+        old = beside.span
+        config, cache_tokens = self._identity.config, self._config.cache_tokens
+        cache = CacheArena.bytes_per_block(config, capacity_tokens=cache_tokens, dtype=self._dtype)
+        new_bytes = sum(
+            cache if old.start <= block < old.end else self.block_bytes(block)
+            for block in range(start, end)
+        )
+        return new_bytes <= free_memory_bytes(self._device)
+
+    async def load(self, start: int, end: int, *, beside: Span | None = None) -> Hosting:
+        """Loads the blocks ``[start, end)``.
+
+        Args:
+            start: first block.
+            end: the block after the last one.
+            beside: a span that is loaded already, whose blocks are shared.
+
+        Raises:
+            KernelError: the blocks cannot be read, or the device has no room for them.
+
+        Cancellation: loading ends after the block that is being read.
+        """
+        name = self._identity.name
+        started_at = time.perf_counter()
+        notify_status(f"loading blocks {start}:{end} of {name}")
+        span, arena = await self._load_in_thread(start, end, beside)
+        step_ms = await self._executor.run(measure_step_ms, span, arena)
+        if span.graphs_failure:
+            log.warning("decode steps are not recorded", reason=span.graphs_failure)
+        adapters = AdapterStore(
+            span,
+            hosted=await self._executor.run(place_adapters, self._adapters, span),
+            limit_bytes=self._config.adapter_bytes,
+            max_adapter_bytes=self._config.max_adapter_bytes,
+        )
+        log.info(
+            "span loaded",
+            model=name,
+            blocks=f"{start}:{end}",
+            dtype=dtype_name(span.dtype),
+            quant=self._config.quant,
+            mib=span.weight_bytes >> 20,
+            seconds=round(time.perf_counter() - started_at, 2),
+            step_ms=round(step_ms, 2),
+        )
+        return Hosting(
+            hosted=HostedSpan(span, arena, self._executor),
+            passes=HostedPasses(span, self._executor, pass_bytes=self._config.pass_bytes),
+            adapters=adapters,
+            step_ms=step_ms,
+        )
+
+    async def shed(self, hosting: Hosting, start: int, end: int) -> None:
+        """Frees all that another span does not share, when nothing runs on this one any more."""
+
+        def free() -> None:
+            hosting.span.shed(start, end)
+            hosting.hosted.arena.release()
+
+        await self._executor.run(free)
+
+    async def _load_in_thread(
+        self, start: int, end: int, beside: Span | None
+    ) -> tuple[Span, CacheArena]:
+        is_cancelled = threading.Event()
+
+        def on_block(_: int) -> None:
+            if is_cancelled.is_set():
+                raise InterruptedError
+
+        def load() -> tuple[Span, CacheArena]:
+            span = load_span(
+                Checkpoint(self._identity.folder),
+                start,
+                end,
+                dtype=self._dtype,
+                device=self._device,
+                quant=self._config.quant,
+                beside=beside,
+                on_block=on_block,
+            )
+            if self._device.type == "cuda":
+                span.record_steps(CudaRecorder(self._device))
+            arena = CacheArena(
+                span.config,
+                blocks=end - start,
+                capacity_tokens=self._config.cache_tokens,
+                dtype=span.dtype,
+                device=self._device,
+            )
+            return span, arena
+
+        async def set_when_cancelled() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                is_cancelled.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(set_when_cancelled)
+            try:
+                loaded = await trio.to_thread.run_sync(load)
+            except InterruptedError:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                raise
+            nursery.cancel_scope.cancel()
+        return loaded
