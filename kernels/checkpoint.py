@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from kernels.errors import CorruptCheckpoint
 from kernels.model_config import load_model_config
+from kernels.quant.stored_config import parse_stored_quantisation
 from kernels.weight_names import OTHER_PREFIXES, names_of
 
 SINGLE_FILE = "model.safetensors"
@@ -29,6 +30,9 @@ class Checkpoint:
     Args:
         folder: where it is.
 
+    Attributes:
+        stored: how its weights are quantised already; none where they are numbers.
+
     Raises:
         CorruptCheckpoint: the configuration or the index cannot be read.
         UnsupportedModel: the configuration describes what is not implemented.
@@ -37,6 +41,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = load_model_config(folder)
+        self.stored = parse_stored_quantisation(json.loads((folder / "config.json").read_bytes()))
         self._file_of = _read_index(folder)
         self._prefix: tuple[str, str] | None = None
 

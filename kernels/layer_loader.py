@@ -19,12 +19,14 @@ from kernels.linear import DenseLinear, Linear
 from kernels.model_config import ModelConfig
 from kernels.quant.formats import (
     FORMATS,
-    UNQUANTISED,
     StoredWeights,
     check_weight_format,
+    join_stored,
     quantise_parts,
 )
 from kernels.quant.linear import QuantisedLinear
+from kernels.quant.stored import read_stored
+from kernels.quant.stored_config import StoredQuantisation
 from kernels.weight_names import block_shapes, layer_weights, short_name
 
 
@@ -35,6 +37,7 @@ class LayerLoader(Mapping[str, torch.Tensor]):
         reader: of the checkpoint.
         shapes: of the block's tensors.
         quant: name of the format that layers are made in.
+        stored: how the checkpoint's weights are quantised already; none: they are numbers.
         dtype: of everything else.
         device: of the result.
 
@@ -48,6 +51,7 @@ class LayerLoader(Mapping[str, torch.Tensor]):
         shapes: Mapping[str, tuple[int, ...]],
         *,
         quant: str,
+        stored: StoredQuantisation | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -55,12 +59,16 @@ class LayerLoader(Mapping[str, torch.Tensor]):
         self._reader = reader
         self._shapes = shapes
         self._quant = quant
+        self._stored = stored
         self._dtype = dtype
         self._device = device
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        numbers = self._reader.read_numbers(name, self._shapes[name])
-        return numbers.to(device=self._device, dtype=self._dtype)
+        shape = self._shapes[name]
+        stem, _, kind = name.rpartition(".")
+        if kind != "weight" or len(shape) != 2:
+            return self._reader.read_numbers(name, shape).to(self._device, self._dtype)
+        return self._as_numbers(self._read(stem), self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -88,32 +96,74 @@ class LayerLoader(Mapping[str, torch.Tensor]):
         return QuantisedLinear(stored.place(self._dtype), bias_O, parts=parts)
 
     def _store(self, names: Sequence[str]) -> StoredWeights | None:
-        """The layer's weights in few bits; none where they are to be plain numbers."""
+        """The layer's weights in few bits; none where they are to be plain numbers.
+
+        What the checkpoint has in the wanted format stays as it is, bit for bit, and so does
+        whatever it has where none is wanted. Everything else becomes numbers first, a part of the
+        layer at a time.
+        """
         width = self._shapes[f"{names[0]}.weight"][1]
-        if self._quant == UNQUANTISED or not FORMATS[self._quant].fits(width):
+        form = FORMATS.get(self._quant)
+        if self._stored is not None:
+            read = [self._read(name) for name in names]
+            kinds = {type(part) for part in read}
+            is_one_kind = len(kinds) == 1 and not isinstance(read[0], torch.Tensor)
+            if is_one_kind and (form is None or form.kind in kinds):
+                return join_stored(read)  # type: ignore[arg-type]
+            del read
+        if form is None or not form.fits(width):
             return None
-        return quantise_parts(self._quant, map(self._read, names), self._dtype)
+        numbers = (self._as_numbers(self._read(name)) for name in names)
+        return quantise_parts(self._quant, numbers, self._dtype)
 
-    def _read(self, name: str) -> torch.Tensor:
-        """A weight as its file has it, on the device."""
+    def _read(self, name: str) -> StoredWeights | torch.Tensor:
+        """A layer's weight as its file has it, on the device."""
         full_name = f"{name}.weight"
-        return self._reader.read_numbers(full_name, self._shapes[full_name]).to(self._device)
+        shape = self._shapes[full_name]
+        if self._stored is None:
+            return self._reader.read_numbers(full_name, shape).to(self._device)
+        return read_stored(
+            self._reader,
+            name,
+            (shape[0], shape[1]),
+            method=self._stored.method,
+            device=self._device,
+        )
+
+    def _as_numbers(
+        self, weight: StoredWeights | torch.Tensor, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """In a dtype; by default in that of the file, and where it has none, in float32."""
+        if isinstance(weight, torch.Tensor):
+            return weight if dtype is None else weight.to(dtype)
+        return weight.dequantise(dtype or torch.float32)
 
 
-def block_bytes(config: ModelConfig, block: int, *, dtype: torch.dtype, quant: str) -> int:
+def block_bytes(
+    config: ModelConfig,
+    block: int,
+    *,
+    dtype: torch.dtype,
+    quant: str,
+    stored: StoredQuantisation | None = None,
+) -> int:
     """The memory that a block's weights will take, about.
 
     Args:
         config: of the model.
         block: its number.
         dtype: of what is not quantised.
-        quant: name of the format of the layers; a checkpoint that is quantised itself takes less.
+        quant: name of the format of the layers.
+        stored: how the checkpoint itself is quantised; none where it is not.
     """
     shapes = block_shapes(config, block)
     elements = sum(math.prod(shape) for shape in shapes.values())
-    if quant == UNQUANTISED:
-        return elements * dtype.itemsize
-    form = FORMATS[quant]
     layers = [shapes[name] for name in layer_weights(config, block)]
-    quantised = sum(math.prod(shape) for shape in layers if form.fits(shape[1]))
-    return round(quantised * form.bytes_per_weight) + (elements - quantised) * dtype.itemsize
+    form = FORMATS.get(quant)
+    if form is not None:
+        layers = [shape for shape in layers if form.fits(shape[1])]
+        weight_bytes = form.bytes_per_weight
+    else:
+        weight_bytes = dtype.itemsize if stored is None else stored.bytes_per_weight
+    quantised = sum(math.prod(shape) for shape in layers)
+    return round(quantised * weight_bytes) + (elements - quantised) * dtype.itemsize

@@ -299,7 +299,12 @@ def load_span(
         try:
             with checkpoint.open() as reader:
                 loader = LayerLoader(
-                    reader, block_shapes(config, number), quant=quant, dtype=dtype, device=device
+                    reader,
+                    block_shapes(config, number),
+                    quant=quant,
+                    stored=checkpoint.stored,
+                    dtype=dtype,
+                    device=device,
                 )
                 blocks.append(DecoderBlock(config, number, loader, loader.make_linear))
             give_back_free_memory()

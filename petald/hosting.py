@@ -80,11 +80,14 @@ class SpanLoader:
         self._adapters = tuple(adapters)
         self._device = parse_device(config.device)
         self._dtype = parse_dtype(config.dtype, self._device, quant=config.quant)
+        self._stored = Checkpoint(identity.folder).stored
 
     def block_bytes(self, block: int) -> int:
         """The memory that a block's weights, and its part of the cache, will take."""
         config = self._identity.config
-        weights = block_bytes(config, block, dtype=self._dtype, quant=self._config.quant)
+        weights = block_bytes(
+            config, block, dtype=self._dtype, quant=self._config.quant, stored=self._stored
+        )
         return weights + CacheArena.bytes_per_block(
             config, capacity_tokens=self._config.cache_tokens, dtype=self._dtype
         )

@@ -16,6 +16,7 @@ from kernels.errors import UnknownWeightFormat
 from kernels.quant.int4 import Int4Weights, join_int4, quantise_int4, takes_int4
 from kernels.quant.int4_order import find_order
 from kernels.quant.int8 import Int8Weights, join_int8, quantise_int8
+from kernels.quant.int8_groups import Int8GroupWeights, join_int8_groups
 from kernels.quant.matrix import QuantisedMatrix
 from kernels.quant.nf4 import Nf4Weights, join_nf4, nest_scales, quantise_nf4, takes_nf4
 from kernels.quant.nf4_matrix import has_cpu_kernel
@@ -102,9 +103,15 @@ def check_weight_format(name: str) -> None:
         )
 
 
-def format_of(weights: StoredWeights) -> WeightFormat:
-    """The format that stored weights are in."""
-    return next(form for form in FORMATS.values() if isinstance(weights, form.kind))
+def join_stored(parts: Sequence[StoredWeights]) -> StoredWeights:
+    """Several matrices of one kind and of one width in, side by side."""
+    return _JOINS[type(parts[0])](parts)
+
+
+_JOINS: dict[type, Callable[[Sequence[Any]], StoredWeights]] = {
+    Int8GroupWeights: join_int8_groups,
+    **{form.kind: form.join for form in FORMATS.values()},
+}
 
 
 def quantise_parts(name: str, parts: Iterable[torch.Tensor], dtype: torch.dtype) -> StoredWeights:

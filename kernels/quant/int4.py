@@ -116,6 +116,9 @@ class Int4Matrix:
         weights: as they are stored. For activations in bfloat16, scales and centres are rounded to
             it, as torch's product wants them; the matrix is then the one with these.
         dtype: of the activations.
+
+    Attributes:
+        has_kernel: whether torch multiplies with it as it is.
     """
 
     row_step = ROW_STEP
@@ -125,7 +128,7 @@ class Int4Matrix:
         self.shape = weights.shape
         is_on_cpu = weights.codes_OI.device.type == "cpu"
         self._order = find_order() if is_on_cpu else OUR_ORDER
-        self._has_kernel = self._order.is_torchs and dtype in (torch.bfloat16, torch.float32)
+        self.has_kernel = self._order.is_torchs and dtype in (torch.bfloat16, torch.float32)
         padding = (0, 0, 0, -self.shape[0] % ROW_STEP)
         self._packed = self._order.pack(F.pad(weights.codes_OI, padding))
         both = torch.stack((F.pad(weights.scales_OG, padding), F.pad(weights.centres_OG, padding)))
@@ -139,7 +142,7 @@ class Int4Matrix:
 
     def multiply(self, x_SI: torch.Tensor) -> torch.Tensor:
         """See `kernels.quant.matrix.QuantisedMatrix.multiply`."""
-        if not self._has_kernel or x_SI.shape[0] > FEW_ROWS:
+        if not self.has_kernel or x_SI.shape[0] > FEW_ROWS:
             return multiply_by_tiles(self, x_SI)
         output_SO: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x_SI.contiguous(), self._packed, GROUP_SIZE, self._scales_GO2
