@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 _CHUNK_TOKENS = 256
-"""Rows of a long prompt that are masked at once: the mask stays small beside the scores."""
+"""Rows of a long prompt that look through one window each at once: what they look at together is
+then not much longer than a window, and the mask stays small."""
 
 
 class Attention:

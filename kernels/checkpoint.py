@@ -75,17 +75,18 @@ class Checkpoint:
 
     def _find_prefix(self) -> tuple[str, str]:
         """How names begin, and what the checkpoint has in the place of that."""
-        if self._prefix is None:
+        others = OTHER_PREFIXES.get(self.config.family, ())
+        if self._prefix is None and others:
+            known = self._names()
+            if known is None:
+                return "", ""  # reading a tensor will tell
             embedding = f"{names_of(self.config).embedding}.weight"
-            others = OTHER_PREFIXES.get(self.config.family, ())
-            known = self._names() if others else ()
             self._prefix = next(
-                (pair for pair in others if pair[1] + embedding[len(pair[0]) :] in known),
-                ("", ""),
+                (pair for pair in others if pair[1] + embedding[len(pair[0]) :] in known), None
             )
-        return self._prefix
+        return self._prefix or ("", "")
 
-    def _names(self) -> Collection[str]:
+    def _names(self) -> Collection[str] | None:
         """All the checkpoint's tensors; none where its file cannot be read."""
         if self._file_of is not None:
             return self._file_of
@@ -93,7 +94,7 @@ class Checkpoint:
             with safe_open(self.folder / SINGLE_FILE, framework="pt") as file:
                 return frozenset(file.keys())
         except (SafetensorError, OSError):
-            return ()  # reading a tensor will tell
+            return None
 
 
 class TensorReader:

@@ -15,7 +15,7 @@ MAX_BLOCKS = 4096
 MAX_WIDTH = 1 << 20
 MAX_VOCABULARY = 1 << 24
 MAX_POSITIONS = 1 << 27
-MAX_EXPERTS = 1024
+MAX_EXPERTS = 256
 
 
 def read_int(raw: Mapping[str, Any], key: str, most: int, *, default: int | None = None) -> int:

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import Attention, visible
 
-_CHUNK_SCORES = 1 << 22
-"""Scores that are made at once, 16 MiB: no less quick than larger ones, which leave the caches."""
+_CPU_SCORES, _GPU_SCORES = 1 << 20, 1 << 25
+"""Scores that are made at once: on a CPU few enough for its caches, on a GPU enough to fill it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,8 @@ class ScoredAttention(Attention):
         """Attention of each sequence's last S of T tokens, ``[B, S, N*H]``."""
         batch, tokens, heads = query_BSNH.shape[:3]
         total, window = keys_BKTH.shape[2], self._scoring.window
-        rows = max(1, _CHUNK_SCORES // (batch * heads * total))
+        most = _CPU_SCORES if query_BSNH.device.type == "cpu" else _GPU_SCORES
+        rows = max(1, most // (batch * heads * total))
         is_traced = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (query_BSNH, keys_BKTH, values_BKTH)
         )
@@ -146,9 +147,12 @@ class ScoredAttention(Attention):
         shared = heads // groups
         query_BKRH = query_BSNH.view(batch, tokens, groups, shared, head_size)
         query_BKRH = query_BKRH.permute(0, 2, 3, 1, 4).reshape(batch, groups, -1, head_size)
-        scores = torch.matmul(query_BKRH, keys_BKTH.transpose(2, 3))
+        if tokens == 1:  # a CPU reads keys several times faster along their rows
+            scores = torch.matmul(keys_BKTH, query_BKRH.transpose(2, 3)).transpose(2, 3)
+        else:
+            scores = torch.matmul(query_BKRH, keys_BKTH.transpose(2, 3))
         wide = torch.promote_types(scores.dtype, torch.float32)
-        scores = self._change(scores.to(wide).view(batch, heads, tokens, total), mask_BT)
+        scores = self._change(scores.to(wide).reshape(batch, heads, tokens, total), mask_BT)
         allowed = seen_ST if mask_BT is None else mask_BT[:, None, None]
         if mask_BT is not None and seen_ST is not None:
             allowed = seen_ST & mask_BT[:, None, None]

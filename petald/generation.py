@@ -276,8 +276,11 @@ class GenerationJob:
         ids = self._prompt[max(0, start - before) : max(0, end - before)]
         parts = []
         if start < before and self._adapter.prompt_PD is not None:
-            rows_SD = self._adapter.prompt_PD[start:end].to(self._model.ends.dtype)
-            parts.append(self._model.ends.embedding.enter(rows_SD))
+            ends = self._model.ends
+            rows_SD = self._adapter.prompt_PD[start:end].to(ends.device, ends.dtype)
+            parts.append(
+                await self._executor.run(ends.embedding.enter, rows_SD, priority=Priority.PREFILL)
+            )
         if ids:
             parts.append(
                 await self._executor.run(self._model.embed, ids, priority=Priority.PREFILL)

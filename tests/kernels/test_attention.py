@@ -62,7 +62,7 @@ def test_attention_equals_tables_of_all_scores(
     monkeypatch: pytest.MonkeyPatch, cap: float | None, has_slopes: bool, window: int, chunk: int
 ) -> None:
     monkeypatch.setattr(kernels.attention, "_CHUNK_TOKENS", chunk)
-    monkeypatch.setattr(kernels.scored_attention, "_CHUNK_SCORES", chunk * 2 * HEADS * 23)
+    monkeypatch.setattr(kernels.scored_attention, "_CPU_SCORES", chunk * 2 * HEADS * 23)
     slopes = alibi_slopes(HEADS).double() if has_slopes else None
     attention = made(cap, slopes, window)
     generator = torch.Generator().manual_seed(3)

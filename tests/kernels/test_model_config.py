@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pytest
 
-from kernels.errors import CorruptCheckpoint, UnsupportedModel
+from kernels.errors import CorruptCheckpoint, KernelError, UnsupportedModel
+from kernels.family import FAMILIES
 from kernels.model_config import parse_model_config
 from kernels.rotary_config import RotaryConfig
+from kernels.weight_names import block_shapes
+
+ODD: tuple[Any, ...] = (
+    *(None, True, False, -1, 0, 1, 2, 7, 1.5, "x", "", [], [1], {}, {"x": 1}),
+    *(10**30, 10**400, float("nan"), float("inf"), -0.5, [None] * 4, ["full_attention"] * 4),
+)
+KEYS = sorted(
+    {
+        *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "head_dim"),
+        *("hidden_act", "rms_norm_eps", "attention_bias", "eos_token_id", "tie_word_embeddings"),
+        *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "layer_types"),
+        *("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern"),
+        *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        *("num_local_experts", "num_experts_per_tok", "text_config", "alibi", "multi_query"),
+        *("parallel_attn", "new_decoder_architecture", "num_ln_in_parallel_attn", "num_kv_heads"),
+        *(key for family in FAMILIES.values() for keys in family.keys.values() for key in keys),
+    }
+)
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 101,
@@ -193,3 +215,17 @@ REFUSED: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
 def test_what_cannot_be_is_refused(raw: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         parse_model_config(raw)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_odd_values_are_taken_or_refused(family: str) -> None:
+    inner = FAMILIES[family].inner
+    for key, odd in itertools.product(KEYS, ODD):
+        raw = of(family, **{key: odd} if key != "model_type" else {})
+        for given in (raw, {"model_type": family, inner: raw}) if inner else (raw,):
+            try:
+                config = parse_model_config(given)
+            except KernelError:
+                continue
+            assert config.num_heads % config.num_kv_heads == 0
+            assert all(math.prod(shape) > 0 for shape in block_shapes(config, 0).values())
