@@ -103,7 +103,13 @@ class DecoderBlock:
         else:
             self._mlp = mlp()
         self._down_norm = norm(names.down_norm)
-        self._finish = _FINISHES[config.wiring]
+        # Not a bound method: a block in a cycle would keep its weights until they are collected.
+        self._finish = {
+            "sequential": DecoderBlock._finish_in_turn,
+            "parallel": DecoderBlock._finish_in_parallel,
+            "post_norms": DecoderBlock._finish_normed,
+            "norms_kept": DecoderBlock._finish_with_norms,
+        }[config.wiring]
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -280,15 +286,6 @@ class DecoderBlock:
     ) -> torch.Tensor:
         normed_SD = _normed(self._mlp_norm, self._output.add_to(x_SD, attended_SD, adapters))
         return self._mlp.add_to(normed_SD, normed_SD, adapters)
-
-
-# Functions, and not methods of the block: it would hold on to itself, and never be freed.
-_FINISHES = {
-    "sequential": DecoderBlock._finish_in_turn,
-    "parallel": DecoderBlock._finish_in_parallel,
-    "post_norms": DecoderBlock._finish_normed,
-    "norms_kept": DecoderBlock._finish_with_norms,
-}
 
 
 def _make_projection(

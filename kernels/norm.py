@@ -63,8 +63,9 @@ class RMSNorm:
         return (self.weight_D,)
 
     def apply(self, x_SD: torch.Tensor) -> torch.Tensor:
-        """The normalised rows, ``[S, D]``; differentiable with respect to the input."""
-        if torch.is_grad_enabled() and x_SD.requires_grad:
+        """The normalised rows, ``[S, D]``; differentiable."""
+        is_constant = not self.weight_D.requires_grad
+        if torch.is_grad_enabled() and x_SD.requires_grad and is_constant:
             normed_SD: torch.Tensor = _Normalisation.apply(x_SD, self)  # type: ignore[no-untyped-call]
             return normed_SD
         return self.normalise(x_SD)
@@ -104,7 +105,7 @@ class ShiftedRMSNorm(RMSNorm):
     def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
         # In float32, for Gemma rounds to the dtype only after the gain.
         wide = torch.promote_types(weight_D.dtype, torch.float32)
-        super().__init__(1 + weight_D.detach().to(wide), eps)
+        super().__init__(1 + weight_D.to(wide), eps)
 
     def normalise(self, x_SD: torch.Tensor) -> torch.Tensor:
         """`apply` without a gradient."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -299,6 +301,17 @@ def test_positions_first_seen_by_a_step_serve_a_backward_pass(llama: Case) -> No
     output, gradients = both_ways(span, llama.work(hidden), hidden)
     close(torch.cat(stepped), output[0])
     assert torch.isfinite(gradients.hidden_BSD).all()
+
+
+def test_weights_go_with_the_span(case: Case) -> None:
+    span = case.load(torch.float32)
+    kept = [weakref.ref(span.block(number)) for number in range(1, 4)]
+    gc.disable()
+    try:
+        del span
+        assert not any(block() for block in kept)
+    finally:
+        gc.enable()
 
 
 def test_no_memory_is_told(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
