@@ -193,6 +193,7 @@ class Executor:
                 self._note_queue_time(batch)
             self._run_batch(batch)
             self._deliver_soon(batch)
+            del works, batch  # what they hold on to may be gigabytes of a span that is given up
         while works := self._scheduler.next_batch():  # nothing is added any more
             for work in works:
                 work.item.error = ExecutorClosed("the device's thread ended before this began")

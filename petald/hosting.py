@@ -21,7 +21,7 @@ from kernels.step_graphs import CudaRecorder
 from petald.adapter_store import AdapterStore
 from petald.config import ServeConfig
 from petald.devices import dtype_name, free_memory_bytes, parse_device, parse_dtype
-from petald.errors import ConfigError
+from petald.errors import ConfigError, raise_alone
 from petald.executor import Executor
 from petald.hosted_adapters import HostedAdapter, place_adapters
 from petald.hosted_passes import HostedPasses
@@ -211,12 +211,12 @@ class SpanLoader:
             finally:
                 is_cancelled.set()
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(set_when_cancelled)
-            try:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(set_when_cancelled)
                 loaded = await trio.to_thread.run_sync(load)
-            except InterruptedError:
-                await trio.lowlevel.checkpoint_if_cancelled()
-                raise
-            nursery.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            await trio.lowlevel.checkpoint_if_cancelled()  # where loading was interrupted by it
+            raise_alone(group)
         return loaded
