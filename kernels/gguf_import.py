@@ -5,6 +5,11 @@ with an index, ``tokenizer.json``, ``tokenizer_config.json`` and ``generation_co
 appears whole or not at all. The same file always gives the same bytes, since they are what the
 model's fingerprint is made of: two peers that import one GGUF file can work together.
 
+Linear layers in Q8_0, Q4_0 or Q4_1 may be kept so, bit for bit (`kernels.gguf_quants`): the folder
+is then a half or a quarter of the size, and what is loaded from it as fast as other weights in 8 or
+4 bits. But it is another model by its fingerprint, and nobody but petald reads it; so numbers are
+the default, of which ``int4`` gives Q4_0 and Q4_1 back as good as exactly.
+
 No more than one shard is in memory at a time. GGUF files come from strangers: whatever is wrong
 with one ends in `CorruptCheckpoint` or `UnsupportedModel`.
 """
@@ -24,7 +29,9 @@ import numpy.typing as npt
 
 from kernels.errors import CorruptCheckpoint, UnsupportedModel
 from kernels.gguf_config import ModelShape, TensorPlan, config_from_metadata
+from kernels.gguf_quants import BLOCK_SIZE, KEPT_FORMS, BlockForm, take_apart
 from kernels.gguf_tokenizer import tokenizer_files
+from kernels.quant.stored_config import PETALD, PETALD_VERSION
 
 ProgressFunction = Callable[[int, int], None]
 
@@ -50,8 +57,8 @@ _READER_ERRORS = (
 # value) is far below that of the quantisation itself (half of 2^-4 of the range for 4 bits, of 2^-8
 # for 8); bfloat16's would not be. Whoever computes in float32 widens float16 exactly, so all users
 # of the folder agree on every bit.
-_SAFETENSORS_NAME = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _NUMPY_TYPE: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_KEPT_TYPES: dict[Any, str] = {np.dtype(np.uint8): "U8", np.dtype(np.int8): "I8"}
 _CONFIG_NAME = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -68,6 +75,7 @@ def import_gguf(
     *,
     on_progress: ProgressFunction | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    keep_quantised: bool = False,
 ) -> None:
     """Write the model in `file` as a Hugging Face-style folder.
 
@@ -76,6 +84,7 @@ def import_gguf(
         folder: Must not exist yet, or be empty. Its parent is created.
         on_progress: Called with (bytes of weights done, bytes of weights in all).
         max_shard_bytes: A shard holds as many whole blocks as fit in this, and at least one.
+        keep_quantised: Keep linear layers in 8 or 4 bits where their types allow it.
 
     Raises:
         CorruptCheckpoint: The file is cut short, damaged, or not GGUF: fetch it again.
@@ -84,7 +93,7 @@ def import_gguf(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is already there")
-    gguf = _GgufFile(file)
+    gguf = _GgufFile(file, keep_quantised=keep_quantised)
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = Path(
         tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".importing", dir=folder.parent)
@@ -104,7 +113,7 @@ def _no_progress(done_bytes: int, total_bytes: int) -> None:
 class _GgufFile:
     """A GGUF file, with what the `gguf` package raises for a bad one translated."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, keep_quantised: bool) -> None:
         from gguf import GGUFReader
 
         with file.open("rb") as opened:
@@ -120,14 +129,30 @@ class _GgufFile:
                 f"{file} is damaged or incomplete ({type(error).__name__} while reading its header)"
             ) from error
         self.file = file
+        self._keep_quantised = keep_quantised
         self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
 
     def is_quantised(self, name: str) -> bool:
-        return self.tensors[name].tensor_type.name not in _SAFETENSORS_NAME
+        return self.tensors[name].tensor_type.name not in _NUMPY_TYPE
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape as numpy and torch have it: ggml counts dimensions from the innermost."""
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
+
+    def kept_form(self, plan: TensorPlan) -> BlockForm | None:
+        """How a tensor's blocks are laid out, where they are kept."""
+        if not self._keep_quantised or not plan.name.endswith("_proj.weight"):
+            return None
+        return KEPT_FORMS.get(self.tensors[plan.gguf_name].tensor_type.name)
+
+    def read_kept(self, plan: TensorPlan, form: BlockForm) -> dict[str, npt.NDArray[Any]]:
+        """A tensor's codes and scales, by the suffixes of their names."""
+        shape = self.shape(plan.gguf_name)
+        packed = self.tensors[plan.gguf_name].data.reshape(shape[0], -1)
+        parts = take_apart(form, packed)
+        for suffix in form.numbers:
+            self._check_finite(plan.gguf_name, parts[suffix])
+        return parts
 
     def stored_type(self, name: str) -> str:
         return "F16" if self.is_quantised(name) else str(self.tensors[name].tensor_type.name)
@@ -197,7 +222,12 @@ def _write_folder(
         for tensor in _read_tensors(gguf, group):
             stored.append(tensor)
             size_bytes = tensor.array.nbytes
-            bytes_by_type[tensor.type_name] = bytes_by_type.get(tensor.type_name, 0) + size_bytes
+            if tensor.type_name in _CONFIG_NAME:
+                bytes_by_type[tensor.type_name] = (
+                    bytes_by_type.get(tensor.type_name, 0) + size_bytes
+                )
+            else:
+                config["quantization_config"] = {"quant_method": PETALD, "version": PETALD_VERSION}
             weight_map[tensor.name] = shard_name
             done_bytes += size_bytes
             on_progress(done_bytes, total_bytes)
@@ -212,10 +242,15 @@ def _write_folder(
 
 def _read_tensors(gguf: _GgufFile, plans: list[TensorPlan]) -> Iterator[_StoredTensor]:
     for plan in plans:
-        array = gguf.read(plan.gguf_name)
-        if plan.rotary_heads:
-            array = _undo_rotary_permutation(array, plan.rotary_heads)
-        yield _StoredTensor(name=plan.name, type_name=gguf.stored_type(plan.gguf_name), array=array)
+        form = gguf.kept_form(plan)
+        parts = {"": gguf.read(plan.gguf_name)} if form is None else gguf.read_kept(plan, form)
+        for suffix, array in parts.items():
+            type_name = _KEPT_TYPES.get(array.dtype)
+            if type_name is None:
+                type_name = "F16" if suffix else gguf.stored_type(plan.gguf_name)
+            if plan.rotary_heads:
+                array = _undo_rotary_permutation(array, plan.rotary_heads)
+            yield _StoredTensor(name=plan.name + suffix, type_name=type_name, array=array)
 
 
 def _undo_rotary_permutation(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
@@ -251,6 +286,8 @@ def _stored_bytes(gguf: _GgufFile, plan: TensorPlan) -> int:
     elements = 1
     for size in gguf.shape(plan.gguf_name):
         elements *= size
+    if (form := gguf.kept_form(plan)) is not None:
+        return elements // BLOCK_SIZE * form.block_bytes
     return elements * np.dtype(_NUMPY_TYPE[gguf.stored_type(plan.gguf_name)]).itemsize
 
 
@@ -267,7 +304,7 @@ def _write_safetensors(path: Path, tensors: list[_StoredTensor]) -> None:
     for tensor in tensors:
         end = offset + tensor.array.nbytes
         header[tensor.name] = {
-            "dtype": _SAFETENSORS_NAME[tensor.type_name],
+            "dtype": tensor.type_name,
             "shape": list(tensor.array.shape),
             "data_offsets": [offset, end],
         }
