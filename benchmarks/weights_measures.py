@@ -18,11 +18,15 @@ import torch
 from kernels.checkpoint import Checkpoint
 from kernels.head import Ends, load_ends
 from kernels.kv_cache import CacheArena
-from kernels.quant import int4, int8, nf4_matrix
+from kernels.quant import int4, int8, int8_groups, nf4_matrix
 from kernels.quant.formats import quantise_parts
-from kernels.quant.matrix import multiply_by_tiles
+from kernels.quant.int8_groups import Int8GroupWeights
+from kernels.quant.matrix import QuantisedMatrix, multiply_by_tiles
 from kernels.span import Segment, Span, load_span
 from kernels.tokenizer import Tokenizer
+
+GROUPS = "int8 groups"
+"""What GGUF's Q8_0 is kept as; no format that a server can choose."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,8 +209,17 @@ def load_model_ends(folder: Path, making: Making) -> Ends:
     return load_ends(Checkpoint(folder), dtype=making.dtype, device=torch.device("cpu"))
 
 
-FEW_ROWS = {"int8": int8, "int4": int4, "nf4": nf4_matrix}
+FEW_ROWS = {"int8": int8, "int4": int4, "nf4": nf4_matrix, GROUPS: int8_groups}
 """Where each format keeps its crossing."""
+
+
+def quantise(name: str, weight: torch.Tensor) -> QuantisedMatrix:
+    if name != GROUPS:
+        return quantise_parts(name, [weight], torch.bfloat16).place(torch.bfloat16)
+    groups = weight.view(len(weight), -1, 32)
+    scales = groups.abs().amax(dim=2) / 127
+    codes = (groups / scales[..., None]).round().to(torch.int8).view(weight.shape)
+    return Int8GroupWeights(codes, scales).place(torch.bfloat16)
 
 
 def measure_products(rows: int, width: int, repeats: int) -> dict[str, float]:
@@ -222,15 +235,18 @@ def measure_products(rows: int, width: int, repeats: int) -> dict[str, float]:
         ways[f"{name} [out, in]"] = lambda w=tensor, r=rows_in: torch.mm(r, w.t())
         ways[f"{name} [in, out]"] = lambda w=turned, r=rows_in: torch.mm(r, w)
     for name, module in FEW_ROWS.items():
-        matrix = quantise_parts(name, [weight], torch.bfloat16).place(torch.bfloat16)
+        matrix = quantise(name, weight)
         ways[f"{name} tiles"] = lambda m=matrix: multiply_by_tiles(m, x)
 
-        def by_kernel(module=module, matrix=matrix) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            kept, module.FEW_ROWS = module.FEW_ROWS, 1 << 30
+        def by_kernel(modules=(module, int4), matrix=matrix) -> torch.Tensor:  # type: ignore[no-untyped-def]
+            kept = [module.FEW_ROWS for module in modules]
+            for module in modules:
+                module.FEW_ROWS = 1 << 30
             try:
                 return matrix.multiply(x)
             finally:
-                module.FEW_ROWS = kept
+                for module, few in zip(modules, kept, strict=True):
+                    module.FEW_ROWS = few
 
         ways[f"{name} kernel"] = by_kernel
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -23,7 +23,7 @@ GROUP_SIZE = 32
 LARGEST_CODE = 15
 MIDDLE_CODE = 8
 
-FEW_ROWS = 48
+FEW_ROWS = 64
 """Up to so many, torch's product is faster than writing tiles out.
 
 ``benchmarks/weights.py`` measures it, in its table of crossings."""

@@ -21,7 +21,7 @@ from kernels.quant.matrix import QuantisedMatrix, multiply_by_tiles
 
 LARGEST_CODE = 127
 
-FEW_ROWS = 8
+FEW_ROWS = 12
 """Up to so many, torch's int8 kernel is faster than writing tiles out.
 
 ``benchmarks/weights.py`` measures it, in its table of crossings."""

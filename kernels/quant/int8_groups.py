@@ -19,7 +19,7 @@ from kernels.quant.int4 import GROUP_SIZE, MIDDLE_CODE, Int4Matrix, Int4Weights
 from kernels.quant.int4_order import ROW_STEP
 from kernels.quant.matrix import QuantisedMatrix, multiply_by_tiles
 
-FEW_ROWS = 32
+FEW_ROWS = 48
 """Up to so many, two products in 4 bits are faster than writing tiles out.
 
 ``benchmarks/weights.py`` measures it, in its table of crossings."""

@@ -30,7 +30,7 @@ from kernels.quant.nf4 import (
     quantise_nf4,
 )
 
-FEW_ROWS = 64
+FEW_ROWS = 128
 """Up to so many, bitsandbytes' product is faster on a CPU than writing tiles out.
 
 ``benchmarks/weights.py`` measures it, in its table of crossings."""

@@ -47,7 +47,7 @@ def test_every_number_of_rows_gives_the_plain_product(
     _, matrix = make(quant, random(*shape), dtype)
     plain = dequantise(matrix, torch.float64)
     assert plain.shape == matrix.shape == shape
-    for rows in (1, 2, 7, 8, 9, 64, 300):
+    for rows in (1, 2, 12, 13, 64, 300):
         x = random(rows, shape[1], seed=2).to(dtype)
         output = matrix.multiply(x)
         assert output.dtype == dtype
