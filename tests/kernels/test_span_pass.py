@@ -179,15 +179,18 @@ def test_masked_rows_and_other_sequences_change_nothing(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("form", [PAIRS, PREFIX], ids=["pairs", "prefix"])
 def test_all_padding_gives_finite_numbers(
-    llama: Case, dtype: torch.dtype, form: AdapterForm
+    case: Case, dtype: torch.dtype, form: AdapterForm
 ) -> None:
-    span = llama.load(dtype)
-    values = llama.adapter(form).values_LE.to(dtype)
-    trained = SpanAdapter(llama.config, llama.form(form), 1, values)
+    span = case.load(dtype)
+    values = case.adapter(form).values_LE.to(dtype)
+    trained = SpanAdapter(case.config, case.form(form), 1, values)
     mask = torch.zeros(2, TOKENS, dtype=torch.bool)
     mask[1, 3:9] = True
-    hidden, gradient = llama.hidden(2).to(dtype), llama.hidden(2, seed=3).to(dtype)
-    work = llama.work(hidden, trained=trained, mask=mask)
+    hidden, gradient = case.hidden(2).to(dtype), case.hidden(2, seed=3).to(dtype)
+    if case.config.wiring == "post_norms":
+        # What attends to nothing is zero, and a norm's gradient there is more than float16 holds.
+        gradient = gradient * mask[..., None]
+    work = case.work(hidden, trained=trained, mask=mask)
     output, gradients = both_ways(span, work, gradient)
     assert output.dtype == gradients.hidden_BSD.dtype == dtype
     assert gradients.adapter_LE is not None
