@@ -40,6 +40,12 @@ def add_model_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     add = commands.add_parser("import", help="import a GGUF file")
     add.add_argument("file", metavar="FILE.gguf")
     add.add_argument("--name", help="the model's name here (default: from the file's name)")
+    add.add_argument(
+        "--keep-quantised",
+        action="store_true",
+        help="keep layers in 8 or 4 bits where the file has them so (Q8_0, Q4_0, Q4_1): a smaller "
+        "folder, but only daemons that imported it in the same way can work together",
+    )
     add.set_defaults(run=run_import)
     listing = commands.add_parser("list", help="list the models on this machine")
     listing.add_argument("--json", action="store_true", help="print JSON")
@@ -120,7 +126,13 @@ def run_import(args: argparse.Namespace) -> int:
     from petalctl.models_pull import import_model
 
     with translated_model_errors():
-        _print_ready(import_model(Path(args.file).expanduser(), name=args.name))
+        _print_ready(
+            import_model(
+                Path(args.file).expanduser(),
+                name=args.name,
+                keep_quantised=args.keep_quantised,
+            )
+        )
     return 0
 
 

