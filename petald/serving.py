@@ -134,31 +134,42 @@ class Serving:
             nursery.start_soon(partial(self._pass_server.drain, deadline_s=deadline_s))
             await self.server.drain(deadline_s=deadline_s)
 
+    async def prepare(self, start: int, end: int) -> Hosting | None:
+        """Loads other blocks beside those that are served; none where memory does not allow both.
+
+        Raises:
+            KernelError: they cannot be loaded.
+        """
+        if not self._loader.has_room(start, end, beside=self.hosting):
+            return None
+        return await self._loader.load(start, end, beside=self.hosting.span)
+
     async def move(
         self,
         start: int,
         end: int,
+        prepared: Hosting | None,
         *,
         on_changed: Callable[[], Awaitable[None]],
         deadline_s: float = MOVE_DEADLINE_S,
     ) -> None:
-        """Serves other blocks from now on.
+        """Serves other blocks from now on; returns when all that the old ones held is freed.
 
-        Where memory allows, they are loaded while the old ones still serve, and sessions go to
-        other servers afterwards; else sessions go first, and what both spans share stays loaded.
+        Sessions go to other servers: after the new blocks are served, where these were prepared;
+        else before they are loaded, and what both spans share stays loaded.
 
         Args:
             start: first block.
             end: the block after the last one.
+            prepared: what `prepare` gave for them.
             on_changed: tells the swarm what `make_announcement` says now.
             deadline_s: for open sessions to be moved by their clients.
 
         Raises:
             KernelError: the blocks cannot be loaded; the old ones are served on.
         """
-        if self._loader.has_room(start, end, beside=self.hosting):
-            hosting = await self._loader.load(start, end, beside=self.hosting.span)
-        else:
+        hosting = prepared
+        if hosting is None:
             hosting = await self._load_in_place(start, end, on_changed, deadline_s)
         before, self.hosting = self.hosting, hosting
         async with trio.open_nursery() as nursery:

@@ -53,7 +53,10 @@ class Mover:
         self.announced.append(self.serving.make_announcement())
 
     async def move(self, start: int, end: int, *, deadline_s: float = 20.0) -> None:
-        await self.serving.move(start, end, on_changed=self.announce, deadline_s=deadline_s)
+        prepared = await self.serving.prepare(start, end)
+        await self.serving.move(
+            start, end, prepared, on_changed=self.announce, deadline_s=deadline_s
+        )
 
     def hop(self) -> Hop:
         span = self.serving.hosting.span
