@@ -49,7 +49,7 @@ def layers(span: Span) -> list[Any]:
     found: list[Any] = []
     for number in range(span.start, span.end):
         block = span.block(number)
-        found += [block._qkv, block._output, *block._mlp.linears]
+        found += block.linears
     return found
 
 

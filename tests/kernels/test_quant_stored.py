@@ -96,8 +96,8 @@ def reference(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 def layers(span: Span, block: int) -> dict[str, Any]:
-    parts = span.block(block)
-    return {"o_proj": parts._output, "down_proj": parts._mlp.linears[1], "qkv": parts._qkv}
+    qkv, output, _, down = span.block(block).linears
+    return {"o_proj": output, "down_proj": down, "qkv": qkv}
 
 
 def test_weights_stay_as_they_are(quantised: tuple[str, Path]) -> None:
