@@ -38,6 +38,7 @@ from petald.pass_link import PassLinks
 from petald.reports import Reporter
 from petald.router import MEASURE_PERIOD_S, Router
 from petald.serving import Serving, load_serving
+from petald.speed_cache import SpeedCache
 from petald.throughput import measure_codecs
 from petald.training_jobs import TrainingJobs
 
@@ -102,6 +103,7 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
                 router=router,
                 codecs=MessageCodecs(network, costs, preferred=config.serve.codec),
                 executor=device_executor,
+                speeds=SpeedCache(config.daemon.state_dir),
                 rng=rng,
             )
             announcer = Announcer(directory, serving.make_announcement, rng=rng)

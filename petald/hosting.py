@@ -30,7 +30,8 @@ from petald.local_model import ModelIdentity
 from petald.log import get_logger
 from petald.notify import notify_status
 from petald.placement import MEMORY_SHARE, count_fitting_blocks
-from petald.throughput import measure_step_ms
+from petald.speed_cache import SpeedCache, speed_key
+from petald.throughput import BlockSpeed, measure_speed
 
 log = get_logger(__name__)
 
@@ -43,13 +44,13 @@ class Hosting:
         hosted: runs steps.
         passes: runs forward and backward passes.
         adapters: what sessions and passes can be run with.
-        step_ms: of a decode step through the span, measured when it was loaded.
+        speed: of its blocks, measured when it was loaded.
     """
 
     hosted: HostedSpan
     passes: HostedPasses
     adapters: AdapterStore
-    step_ms: float
+    speed: BlockSpeed
 
     @property
     def span(self) -> Span:
@@ -65,6 +66,7 @@ class SpanLoader:
         identity: of the model.
         executor: the device's thread.
         adapters: that are hosted.
+        speeds: where what is measured is kept.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class SpanLoader:
         config: ServeConfig,
         identity: ModelIdentity,
         executor: Executor,
-        adapters: Sequence[HostedAdapter],
+        *,
+        adapters: Sequence[HostedAdapter] = (),
+        speeds: SpeedCache,
     ) -> None:
         self._config = config
         self._identity = identity
@@ -81,6 +85,14 @@ class SpanLoader:
         self._device = parse_device(config.device)
         self._dtype = parse_dtype(config.dtype, self._device, quant=config.quant)
         self._stored = Checkpoint(identity.folder).stored
+        self._speeds = speeds
+        self._key = speed_key(
+            identity.config,
+            device=self._device,
+            dtype=self._dtype,
+            quant=config.quant,
+            threads=config.threads,
+        )
 
     def block_bytes(self, block: int) -> int:
         """The memory that a block's weights, and its part of the cache, will take."""
@@ -91,6 +103,19 @@ class SpanLoader:
         return weights + CacheArena.bytes_per_block(
             config, capacity_tokens=self._config.cache_tokens, dtype=self._dtype
         )
+
+    async def find_speed(self) -> BlockSpeed:
+        """How fast this device is with one block: as measured before, or else with one block now.
+
+        Raises:
+            KernelError: the block cannot be loaded.
+        """
+        known = await trio.to_thread.run_sync(self._speeds.get, self._key)
+        if known is not None:
+            return known
+        log.info("measuring one block", model=self._identity.name)
+        notify_status(f"measuring one block of {self._identity.name}")
+        return (await self.load(0, 1)).speed
 
     def count_fitting(self) -> int:
         """How many blocks fit, wherever they begin.
@@ -139,7 +164,8 @@ class SpanLoader:
         started_at = time.perf_counter()
         notify_status(f"loading blocks {start}:{end} of {name}")
         span, arena = await self._load_in_thread(start, end, beside)
-        step_ms = await self._executor.run(measure_step_ms, span, arena)
+        speed = await self._executor.run(measure_speed, span, arena)
+        await trio.to_thread.run_sync(self._speeds.put, self._key, speed)
         if span.graphs_failure:
             log.warning("decode steps are not recorded", reason=span.graphs_failure)
         adapters = AdapterStore(
@@ -156,13 +182,13 @@ class SpanLoader:
             quant=self._config.quant,
             mib=span.weight_bytes >> 20,
             seconds=round(time.perf_counter() - started_at, 2),
-            step_ms=round(step_ms, 2),
+            step_ms=round(speed.step_s * 1e3 * (end - start), 2),
         )
         return Hosting(
             hosted=HostedSpan(span, arena, self._executor),
             passes=HostedPasses(span, self._executor, pass_bytes=self._config.pass_bytes),
             adapters=adapters,
-            step_ms=step_ms,
+            speed=speed,
         )
 
     async def shed(self, hosting: Hosting, start: int, end: int) -> None:

@@ -25,6 +25,7 @@ from petald.pass_server import PassServer
 from petald.placement import choose_span, parse_blocks
 from petald.router import Router
 from petald.server import Server
+from petald.speed_cache import SpeedCache
 from petald.swarm import (
     Announcement,
     Claim,
@@ -107,14 +108,16 @@ class Serving:
         """What this server says of itself now."""
         hosted = self.hosting.hosted
         span, arena = hosted.span, hosted.arena
-        step_ms = self.hosting.step_ms if hosted.step_s is None else hosted.step_s * 1e3
+        blocks, speed = span.end - span.start, self.hosting.speed
+        step_s = speed.step_s * blocks if hosted.step_s is None else hosted.step_s
+        token_s = speed.token_s * blocks if hosted.token_s is None else hosted.token_s
         return Announcement(
             model=self.identity.fingerprint,
             start=span.start,
             end=span.end,
             state=self.state,
-            step_ms=round(step_ms, 2),
-            prefill_ms=round((hosted.token_s or 0.0) * 1e3, 3),
+            step_ms=round(step_s * 1e3, 2),
+            prefill_ms=round(token_s * 1e3, 3),
             queue_ms=round(hosted.mean_queue_s * 1e3, 1),
             round_trips=self._round_trips(),
             cache_tokens=arena.capacity_tokens,
@@ -242,6 +245,7 @@ async def load_serving(
     router: Router,
     codecs: MessageCodecs,
     executor: Executor,
+    speeds: SpeedCache,
     rng: random.Random,
 ) -> Serving:
     """Chooses the span, loads it, measures it, and takes sessions from then on.
@@ -255,7 +259,7 @@ async def load_serving(
     """
     identity = await trio.to_thread.run_sync(identify_model, config.model)
     own = await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
-    loader = SpanLoader(config, identity, executor, own)
+    loader = SpanLoader(config, identity, executor, adapters=own, speeds=speeds)
     start, end = await _choose_blocks(config, identity, loader, router, rng)
     hosting = await loader.load(start, end)
     notify_status(f"serving blocks {start}:{end} of {identity.name}")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 
 from kernels.codecs.registry import find_codec
-from kernels.kv_cache import CacheArena
+from kernels.kv_cache import CacheArena, SequenceCache
 from kernels.span import Segment, Span
 from petald.codec_choice import AUTO_CODECS, TYPICAL_COSTS, CodecCost
 
 WARM_UP_STEPS = 2
 MEASURED_STEPS = 5
+FORWARD_TOKENS = 128
+MEASURED_FORWARDS = 3
 
 CODEC_SHAPES = ((1, 4096), (64, 4096))
 """Rows and width of the two messages from which a codec's cost is worked out: a decode step's, and
@@ -23,24 +26,50 @@ MOST_TIMES_TYPICAL = 5.0
 """A slower machine than this would hardly serve; one that is busy at the start is not for ever."""
 
 
-def measure_step_ms(span: Span, arena: CacheArena) -> float:
-    """Milliseconds of a decode step of one session through the whole span, the median of some.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockSpeed:
+    """How fast a device is with one block of a model.
+
+    Attributes:
+        step_s: of a decode step of one session.
+        token_s: of each token of a long forward pass.
+    """
+
+    step_s: float
+    token_s: float
+
+
+def measure_speed(span: Span, arena: CacheArena) -> BlockSpeed:
+    """Measures a span's blocks: medians of some steps of one session, over all its blocks.
 
     Runs on the calling thread, which must own span and arena.
     """
-    cache = arena.open(WARM_UP_STEPS + MEASURED_STEPS)
-    hidden_SD = torch.zeros(1, span.config.hidden_size, dtype=span.dtype, device=span.device)
-    times_ms = []
+    blocks = span.end - span.start
+    tokens = max(1, min(FORWARD_TOKENS, arena.free_tokens // 2))
+    cache = arena.open(min(arena.free_tokens, max(tokens, WARM_UP_STEPS + MEASURED_STEPS)))
     try:
-        for _ in range(WARM_UP_STEPS + MEASURED_STEPS):
-            started_at = time.perf_counter()
-            span.step(hidden_SD, [Segment(cache, 1)])
-            if span.device.type == "cuda":
-                torch.cuda.synchronize(span.device)
-            times_ms.append((time.perf_counter() - started_at) * 1e3)
+        steps = WARM_UP_STEPS + MEASURED_STEPS
+        step_s = [_time_step_s(span, cache, 1) for _ in range(min(steps, cache.max_tokens))]
+        forward_s = []
+        for _ in range(1 + MEASURED_FORWARDS):
+            cache.truncate(0)
+            forward_s.append(_time_step_s(span, cache, tokens))
     finally:
         cache.close()
-    return statistics.median(times_ms[WARM_UP_STEPS:])
+    return BlockSpeed(
+        step_s=statistics.median(step_s[WARM_UP_STEPS:] or step_s) / blocks,
+        token_s=statistics.median(forward_s[1:]) / blocks / tokens,
+    )
+
+
+def _time_step_s(span: Span, cache: SequenceCache, tokens: int) -> float:
+    shape = tokens, span.config.hidden_size
+    hidden_SD = torch.zeros(shape, dtype=span.dtype, device=span.device)
+    started_at = time.perf_counter()
+    span.step(hidden_SD, [Segment(cache, tokens)])
+    if span.device.type == "cuda":
+        torch.cuda.synchronize(span.device)
+    return time.perf_counter() - started_at
 
 
 def measure_codecs(device: torch.device) -> dict[str, CodecCost]:

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,10 +29,12 @@ from petald.pass_server import PassServer
 from petald.routing import Hop
 from petald.server import Server
 from petald.serving import Serving
+from petald.speed_cache import SpeedCache
 from petald.swarm import Announcement, Claim, ServerState
 from tests.helpers.chain_world import MODEL, Swarm, open_swarm
 from tests.helpers.tiny_models import make_model, save_model
 
+NOWHERE = Path("/nonexistent")
 CONFIG = ServeConfig(model="tiny", cache_tokens=512, max_sessions=4, max_step_tokens=32)
 
 
@@ -64,7 +67,9 @@ class Mover:
 
 
 @asynccontextmanager
-async def open_mover(swarm: Swarm, start: int, end: int) -> AsyncIterator[Mover]:
+async def open_mover(
+    swarm: Swarm, start: int, end: int, folder: Path = NOWHERE
+) -> AsyncIterator[Mover]:
     network = swarm.hub.make_network("mover")
     identity = ModelIdentity(
         name="tiny",
@@ -73,7 +78,7 @@ async def open_mover(swarm: Swarm, start: int, end: int) -> AsyncIterator[Mover]
         config=swarm.checkpoint.config,
     )
     async with open_executor(name="mover") as executor:
-        loader = SpanLoader(CONFIG, identity, executor, ())
+        loader = SpanLoader(CONFIG, identity, executor, speeds=SpeedCache(folder))
         hosting = await loader.load(start, end)
         server = Server(
             network,

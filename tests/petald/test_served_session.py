@@ -61,6 +61,7 @@ from petald.served_session import CODE_HAND_OVER_FAILED, INBOX_STEPS, SEND_DEADL
 from petald.server import Server
 from petald.serving import Serving
 from petald.tensors import from_wire, to_wire
+from petald.throughput import BlockSpeed
 from tests.helpers.fake_span import (
     HIDDEN,
     FakeArena,
@@ -665,7 +666,7 @@ async def test_the_announced_step_time_follows_the_decode_steps() -> None:
                 hosted=hosted,
                 passes=None,  # type: ignore[arg-type]
                 adapters=None,  # type: ignore[arg-type]
-                step_ms=77.0,
+                speed=BlockSpeed(step_s=0.077 / 4, token_s=0.001),
             ),
             server=Server(network, hosted, fingerprint=MODEL, config=config),
             pass_server=None,  # type: ignore[arg-type]
