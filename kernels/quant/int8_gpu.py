@@ -52,6 +52,7 @@ class Int8GpuMatrix:
         """See `kernels.quant.matrix.QuantisedMatrix.multiply`."""
         if not self._is_small:
             return multiply_by_tiles(self, x_SI)
+        x_SI = x_SI.contiguous()
         # bitsandbytes.matmul does the same, but logs a warning for each product in bfloat16.
         codes_SI, largest_S, outlier_columns = self._functional.int8_vectorwise_quant(
             x_SI.to(torch.float16), threshold=OUTLIER_THRESHOLD

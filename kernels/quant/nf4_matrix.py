@@ -113,7 +113,9 @@ class Nf4GpuMatrix(Nf4Matrix):
         """See `kernels.quant.matrix.QuantisedMatrix.multiply`."""
         if x_SI.dtype == torch.float64:
             return multiply_by_tiles(self, x_SI)
-        output_SO: torch.Tensor = self._library.matmul_4bit(x_SI, self._codes_OI, self._state)
+        output_SO: torch.Tensor = self._library.matmul_4bit(
+            x_SI.contiguous(), self._codes_OI, self._state
+        )
         return output_SO
 
 

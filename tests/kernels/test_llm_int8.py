@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from kernels.quant.int8 import Int8Weights, quantise_int8
+from kernels.quant.int8_gpu import Int8GpuMatrix
 from kernels.quant.llm_int8 import OUTLIER_THRESHOLD, multiply_int8, multiply_llm_int8
+from kernels.quant.matrix import dequantise
 
 ROWS, WIDTH_IN, WIDTH_OUT = 24, 1024, 512
 
@@ -79,20 +81,38 @@ def test_a_features_outlier_in_one_row_takes_it_out_of_all(weights: Int8Weights)
     torch.testing.assert_close(ours, multiply_int8(rest, weights) + column)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+DEVICES = [
+    "cpu",  # where bitsandbytes has the same, in plain torch
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("outlier_features", [0, 1, 6])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_bitsandbytes_on_a_gpu_equals_the_reference(
-    weight: torch.Tensor, weights: Int8Weights, outlier_features: int, dtype: torch.dtype
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_bitsandbytes_equals_the_reference(
+    weight: torch.Tensor, device: str, outlier_features: int, dtype: torch.dtype
 ) -> None:
-    device = torch.device("cuda")
     x_SI = make_activations(outlier_features).to(device, dtype)
-    placed = quantise_int8(weight.to(device))
-    matrix = placed.place(dtype)
-    # Numbers between two codes may be rounded to either.
-    assert (placed.codes_OI.cpu().int() - weights.codes_OI.int()).abs().max() <= 1
+    stored = quantise_int8(weight.to(device))
+    matrix = Int8GpuMatrix(stored.codes_OI, stored.scales_O, dtype)
+    plain_OI = stored.dequantise(torch.float64)
+    torch.testing.assert_close(dequantise(matrix, torch.float64), plain_OI)
+    ordinary = torch.where(x_SI.abs() < OUTLIER_THRESHOLD, x_SI, 0).double() @ plain_OI.t()
     for rows in (1, ROWS):
-        expected = multiply_llm_int8(x_SI[:rows], placed)
         ours = matrix.multiply(x_SI[:rows])
         assert ours.dtype == dtype
-        assert (ours - expected).norm() < 0.01 * expected.norm()
+        expected = multiply_llm_int8(x_SI[:rows].half(), stored).double()
+        if dtype == torch.float32:  # in which activations stay as they are
+            expected = x_SI[:rows].double() @ plain_OI.t()
+        # Rounded to 16 bits, of which the outliers' contribution takes the most.
+        roundings = 2 * torch.finfo(dtype).eps * expected.norm()
+        assert (ours - expected).norm() < 0.01 * ordinary[:rows].norm() + roundings
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_is_given_llm_int8(weight: torch.Tensor) -> None:
+    assert isinstance(quantise_int8(weight.cuda()).place(torch.bfloat16), Int8GpuMatrix)

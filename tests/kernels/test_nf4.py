@@ -23,7 +23,13 @@ from kernels.quant.nf4 import (
     nest_scales,
     quantise_nf4,
 )
-from kernels.quant.nf4_matrix import Nf4Matrix, Nf4PackedMatrix, has_cpu_kernel, place_nf4
+from kernels.quant.nf4_matrix import (
+    Nf4GpuMatrix,
+    Nf4Matrix,
+    Nf4PackedMatrix,
+    has_cpu_kernel,
+    place_nf4,
+)
 
 CPU = torch.device("cpu")
 
@@ -139,14 +145,35 @@ def test_nothing_is_imported_before_it_is_needed_and_nothing_said_then() -> None
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+DEVICES = [
+    "cpu",  # where bitsandbytes has the same, by writing the weights out
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_gpu_gives_the_plain_product(dtype: torch.dtype) -> None:
-    weights = quantise_parts("nf4", [random(256, 192).cuda()], dtype)
-    matrix = weights.place(dtype)
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_what_gpus_run_gives_the_plain_product(
+    device: str, dtype: torch.dtype, is_nested: bool
+) -> None:
+    weight = random(256, 192).to(device)
+    weights = nest_scales(quantise_nf4(weight)) if is_nested else quantise_nf4(weight)
+    matrix = Nf4GpuMatrix(weights)
     plain = weights.dequantise(torch.float64)
     for rows in (1, 4, 100):
-        x = random(rows, 192).to("cuda", dtype)
+        x = random(rows, 192).to(device, dtype)
         expected = x.double() @ plain.t()
-        step = 2 * torch.finfo(dtype).eps
+        step = max(2 * torch.finfo(dtype).eps, 1e-6)
         assert (matrix.multiply(x).double() - expected).norm() < step * expected.norm()
+    rounded = plain.to(dtype).double()
+    assert (dequantise(matrix, dtype).double() - rounded).abs().max() < step * plain.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_is_given_bitsandbytes_product() -> None:
+    weights = quantise_parts("nf4", [random(64, 64).cuda()], torch.bfloat16)
+    assert type(weights.place(torch.bfloat16)) is Nf4GpuMatrix
