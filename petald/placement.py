@@ -1,12 +1,11 @@
-"""The choice of a span: which blocks this server takes.
+"""How many blocks a server can take, and how people write which.
 
-Pure. How many blocks fit is arithmetic on bytes; which they are follows from how well each block is
-covered already.
+Pure, and without numpy, for the configuration reads it. Which blocks a server takes if nobody said
+so is chosen in `petald.span_choice`.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 from petald.errors import ConfigError
@@ -44,22 +43,3 @@ def count_fitting_blocks(block_bytes: Sequence[int], *, memory_bytes: int) -> in
             break
         fitting += 1
     return fitting
-
-
-def choose_span(coverage: Sequence[int], *, length: int, rng: random.Random) -> tuple[int, int]:
-    """The window of blocks that needs a server most.
-
-    That is the window whose sorted counts of servers come first in lexicographic order; among equal
-    ones, chance decides, so that servers which start together spread.
-
-    Args:
-        coverage: for each block of the model, how many servers hold it.
-        length: of the window, at least 1.
-        rng: breaks ties.
-    """
-    length = min(length, len(coverage))
-    windows = range(len(coverage) - length + 1)
-    needs = [sorted(coverage[start : start + length]) for start in windows]
-    least = min(needs)
-    start = rng.choice([start for start in windows if needs[start] == least])
-    return start, start + length

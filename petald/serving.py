@@ -11,6 +11,7 @@ import trio
 
 from kernels.errors import KernelError
 from p2p.network import Network
+from petald.block_load import Capacity, read_load
 from petald.config import ServeConfig
 from petald.devices import dtype_name
 from petald.errors import ConfigError
@@ -22,9 +23,10 @@ from petald.log import get_logger
 from petald.message_codecs import MessageCodecs
 from petald.notify import notify_status
 from petald.pass_server import PassServer
-from petald.placement import choose_span, parse_blocks
+from petald.placement import parse_blocks
 from petald.router import Router
 from petald.server import Server
+from petald.span_choice import choose_span
 from petald.speed_cache import SpeedCache
 from petald.swarm import (
     Announcement,
@@ -101,8 +103,9 @@ class Serving:
     @property
     def state(self) -> ServerState:
         """What is announced."""
-        is_leaving = self.server.is_draining or self._is_between
-        return ServerState.LEAVING if is_leaving else ServerState.SERVING
+        if self._is_between:
+            return ServerState.LOADING
+        return ServerState.LEAVING if self.server.is_draining else ServerState.SERVING
 
     def make_announcement(self) -> Announcement:
         """What this server says of itself now."""
@@ -312,6 +315,6 @@ async def _choose_blocks(
         return start, end
     fitting = loader.count_fitting()
     view = await router.read_view(identity)
-    others = [server for server in view.servers if server.is_serving]
-    log.debug("choosing a span", fitting=fitting, servers=len(others))
-    return choose_span(view.coverage(), length=fitting, rng=rng)
+    load = read_load(view)
+    log.debug("choosing a span", fitting=fitting, servers=load.num_servers)
+    return choose_span(load, Capacity(fit=fitting), rng=rng)

@@ -52,8 +52,12 @@ Booleans = npt.NDArray[np.bool_]
 
 
 class ServerState(StrEnum):
-    """Whether a server takes sessions."""
+    """Whether a server takes sessions.
 
+    One that is loading does not yet: its claim tells which blocks it will host.
+    """
+
+    LOADING = "loading"
     SERVING = "serving"
     LEAVING = "leaving"
 

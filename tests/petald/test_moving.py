@@ -140,7 +140,7 @@ async def test_a_session_goes_on_elsewhere_and_the_new_blocks_are_served(
         assert [hop.peer for hop in session.chain] == [hop.peer for hop in swarm.hops()]
         near(torch.cat(outputs), swarm.expected_SD[:30])
         states = [one.state for one in mover.announced]
-        assert states == [ServerState.SERVING] if has_room else [ServerState.LEAVING, "serving"]
+        assert states == [ServerState.SERVING] if has_room else [ServerState.LOADING, "serving"]
         assert (mover.announced[-1].start, mover.announced[-1].end) == (2, 4)
         gc.collect()
         assert gone() is None

@@ -1,0 +1,99 @@
+"""What the planner of moves wants done, what it is made with, and what it tells. Plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class MakeClaim:
+    """Announce a claim on a span, at once; answered with `MovePlanner.on_claimed` when it is out.
+
+    If it could not be announced: `MovePlanner.on_move_failed`.
+    """
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawClaim:
+    """Announce no claim any more, stay where you are, and throw away what was loaded, if any."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartMove:
+    """Load a span beside the one that is served; answered with `MovePlanner.on_loaded`.
+
+    The claim stays announced. If it cannot be loaded: `MovePlanner.on_move_failed`.
+    """
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishMove:
+    """Serve the span that was loaded, let the sessions of the old one move; and announce that.
+
+    Answered with `MovePlanner.on_moved` when it is announced, without the claim.
+    """
+
+    start: int
+    end: int
+
+
+MoveAction = MakeClaim | WithdrawClaim | StartMove | FinishMove
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoveSettings:
+    """How a server weighs moves, and how long it waits for others to know of its own.
+
+    Attributes:
+        known_s: a claim that was announced so long ago is in every view that is read now: three
+            announcements long, which is also when one expires (`petald.announcer`).
+        urgent_known_s: the same, where the view is read afresh and blocks are without any server:
+            an announcement is out at once, a lookup takes a second or two. Who trusts in it
+            leaves two servers on each block, for the case that one was not known.
+        suppress_s: within this time most others see a new claim and give up theirs; the unit of
+            the delays by chance before a claim.
+        look_s: between a claim and the first look at whether another was before it.
+        cost_horizon_s: a move must have earned what it costs within this time. Churn of a third
+            an hour undoes the best placement within some quarter of an hour.
+        drain_s: the cost of any move, as time of the server: sessions move to others.
+        load_block_s: to load one block, of those that are new.
+        min_gain: what the swarm must gain beside, in parts of what this server contributes.
+        rest_s: after a move, until the next one that is not urgent.
+        patience_s: a claim that could not be carried out for so long is withdrawn.
+    """
+
+    known_s: float = 45.0
+    urgent_known_s: float = 10.0
+    suppress_s: float = 3.0
+    look_s: float = 10.0
+    cost_horizon_s: float = 900.0
+    drain_s: float = 30.0
+    load_block_s: float = 5.0
+    min_gain: float = 0.3
+    rest_s: float = 900.0
+    patience_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoveCounts:
+    """What a planner has gone through.
+
+    Attributes:
+        claims: that were made.
+        withdrawn: claims that were withdrawn.
+        moves: that were finished.
+        urgent_moves: of those, the ones to blocks that nobody served.
+        failed: moves that failed.
+    """
+
+    claims: int = 0
+    withdrawn: int = 0
+    moves: int = 0
+    urgent_moves: int = 0
+    failed: int = 0

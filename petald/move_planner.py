@@ -1,0 +1,319 @@
+"""When a server moves to other blocks, as a state machine.
+
+Pure: what others serve goes in with the time, actions come out. A driver does this, for ever:
+
+    wait until `next_deadline()`, or 15 to 60 seconds where there is none
+    read the view afresh; ``now`` is the time *before* that reading began
+    carry out what ``on_load(read_load(view, own=peer), now)`` gives
+
+and tells of what became of an action (`on_claimed`, `on_loaded`, `on_moved`, `on_move_failed`).
+While a span is loaded the reading goes on: a `WithdrawClaim` then ends the move.
+
+How it works. A move goes through these states, and back to resting from any of them:
+
+    RESTING    at each look, the best other span is weighed against staying
+    WAITING    one is worth it; a delay by chance, and another look
+    CLAIMING   the claim is being announced
+    CLAIMED    it is; who claimed earlier counts as moved. Another look soon, and if the move is
+               still worth it:
+    LOADING    the new span is loaded beside the old one, which is served on
+    LOADED     it waits for the claim to be known everywhere, looks a last time, and switches
+    SWITCHING  until the driver says that it is done
+
+The delay before a claim is one of Nonnenmacher's and Biersack's (Scalable feedback for large
+groups, IEEE/ACM Transactions on Networking 7(3), 1999): ``suppress_s * log2(1 + u * N)`` with ``u``
+by chance from 0 to 1. Of N servers that see the same weakness about one has claimed after
+``suppress_s``, and twice as many as before after each further one; so however many there are, those
+that act before they see the others act are not many more than are needed.
+
+Invariant: nobody switches away from a block unless another server serves it that has no claim to
+leave it, in a view read at least ``known_s`` after the own claim was announced. If every claim is
+in every view that is read ``known_s`` later, then no set of servers can leave a block empty: the
+last of them to look would have seen the claims of all the others. That needs no clocks that agree,
+and no order of the claims; the order only decides who gives way.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from enum import Enum, auto
+
+import numpy as np
+
+from petald.block_load import BlockLoad, Capacity
+from petald.move_actions import (
+    FinishMove,
+    MakeClaim,
+    MoveAction,
+    MoveCounts,
+    MoveSettings,
+    StartMove,
+    WithdrawClaim,
+)
+from petald.span_scores import SpanScores, score_spans
+from petald.swarm import Booleans, Floats
+
+SPARE, URGENT_SPARE = 1, 2
+"""So many other servers must stay on a block that is left."""
+
+
+class MoveState(Enum):
+    """Where a move stands; see the module's account."""
+
+    RESTING = auto()
+    WAITING = auto()
+    CLAIMING = auto()
+    CLAIMED = auto()
+    LOADING = auto()
+    LOADED = auto()
+    SWITCHING = auto()
+
+
+class MovePlanner:
+    """Decides the moves of one server; see the module's account.
+
+    Args:
+        peer: its own peer id.
+        span: that it serves.
+        capacity: of the server, for this model.
+        settings: how moves are weighed.
+        now: the time.
+        rng: of the delays.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        span: tuple[int, int],
+        capacity: Capacity,
+        *,
+        settings: MoveSettings,
+        now: float,
+        rng: random.Random,
+    ) -> None:
+        self._peer = peer
+        self._span = span
+        self._capacity = capacity
+        self._settings = settings
+        self._rng = rng
+        self._state = MoveState.RESTING
+        self._target = span
+        self._is_urgent = False
+        self._deadline: float | None = None
+        self._claim_ms = 0
+        self._claimed_at = now
+        self._known_at = math.inf
+        self._until = math.inf
+        self._rested_at = now
+        self._counts = MoveCounts()
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """That is served now."""
+        return self._span
+
+    @property
+    def claim(self) -> tuple[int, int] | None:
+        """The span that is claimed now, to be announced."""
+        is_free = self._state in (MoveState.RESTING, MoveState.WAITING)
+        return None if is_free else self._target
+
+    @property
+    def state(self) -> MoveState:
+        """Where a move stands."""
+        return self._state
+
+    def statistics(self) -> MoveCounts:
+        """What it has gone through."""
+        return self._counts
+
+    def next_deadline(self) -> float | None:
+        """When a fresh view is wanted; None: at the driver's own rhythm."""
+        return self._deadline
+
+    def set_capacity(self, capacity: Capacity) -> None:
+        """What the server can do has been measured anew."""
+        self._capacity = capacity
+
+    def on_load(self, load: BlockLoad, now: float) -> list[MoveAction]:
+        """Looks at the swarm.
+
+        Args:
+            load: what the others do, claims counted as made; without this server.
+            now: when the reading of the view began.
+        """
+        if self._state is MoveState.RESTING:
+            self._consider(load, now)
+            return []
+        is_due = self._deadline is not None and now >= self._deadline
+        if self._state is MoveState.WAITING:
+            return self._claim(load, now) if is_due else []
+        if self._state in (MoveState.CLAIMED, MoveState.LOADING, MoveState.LOADED):
+            return self._pursue(load, now, is_due=is_due)
+        return []
+
+    def on_claimed(self, made_at_ms: int, now: float) -> None:
+        """The claim is announced.
+
+        Args:
+            made_at_ms: as the announcement says it.
+            now: when it was out.
+        """
+        if self._state is not MoveState.CLAIMING:
+            return
+        self._state = MoveState.CLAIMED
+        self._claim_ms = made_at_ms
+        self._claimed_at = now
+        settings = self._settings
+        self._known_at = now + (settings.urgent_known_s if self._is_urgent else settings.known_s)
+        self._until = self._known_at + settings.patience_s
+        self._deadline = now + min(settings.look_s, settings.urgent_known_s / 2)
+
+    def on_loaded(self, now: float) -> None:
+        """The new span is loaded, and not served yet."""
+        if self._state is MoveState.LOADING:
+            self._state = MoveState.LOADED
+            self._deadline = max(now, self._known_at)
+            self._until = self._deadline + self._settings.patience_s
+
+    def on_moved(self, start: int, end: int, now: float) -> None:
+        """A span is served now, and announced; also one that the planner did not ask for."""
+        if self._state is MoveState.SWITCHING:
+            urgent = self._counts.urgent_moves + self._is_urgent
+            self._counts = replace(self._counts, moves=self._counts.moves + 1, urgent_moves=urgent)
+        self._span = (start, end)
+        self._rest(now + self._settings.rest_s)
+
+    def on_move_failed(self, now: float) -> None:
+        """The claim was not announced, the span not loaded, or the switch not made."""
+        self._counts = replace(self._counts, failed=self._counts.failed + 1)
+        self._rest(now + self._settings.rest_s)
+
+    def _rest(self, rested_at: float) -> None:
+        self._state, self._target, self._deadline = MoveState.RESTING, self._span, None
+        self._rested_at = max(self._rested_at, rested_at)
+
+    # The states.
+
+    def _consider(self, load: BlockLoad, now: float) -> None:
+        """Waits for another look, if there is a better place now."""
+        found = self._choose(load, now)
+        if found is None:
+            return
+        _, self._is_urgent = found
+        self._state = MoveState.WAITING
+        rivals = 1 + self._rng.random() * load.num_servers
+        self._deadline = now + self._settings.suppress_s * math.log2(rivals)
+
+    def _claim(self, load: BlockLoad, now: float) -> list[MoveAction]:
+        found = self._choose(load, now)
+        if found is None:
+            self._rest(now)
+            return []
+        self._target, self._is_urgent = found
+        self._state, self._deadline = MoveState.CLAIMING, None
+        self._counts = replace(self._counts, claims=self._counts.claims + 1)
+        return [MakeClaim(*self._target)]
+
+    def _pursue(self, load: BlockLoad, now: float, *, is_due: bool) -> list[MoveAction]:
+        """Goes on with a claimed move, if it still holds with those done that were claimed before.
+
+        What it costs does not count any more where it is being spent.
+        """
+        before = load.without_claims_after(self._claim_ms, self._peer)
+        if now > self._until or not self._still_helps(before) or not self._can_leave(before, now):
+            return self._withdraw(now)
+        if not is_due:
+            return []
+        if self._state is MoveState.CLAIMED:
+            self._state, self._deadline = MoveState.LOADING, None
+            return [StartMove(*self._target)]
+        if self._state is MoveState.LOADED:
+            if not self._can_leave(load, now):
+                self._deadline = now + self._settings.look_s  # others are to withdraw their claims
+                return []
+            self._state, self._deadline = MoveState.SWITCHING, None
+            return [FinishMove(*self._target)]
+        return []
+
+    def _still_helps(self, load: BlockLoad) -> bool:
+        scores = self._score(load)
+        if self._is_urgent:
+            return scores.newly_covered(*self._target) > scores.newly_covered(*self._span)
+        gain = (scores.worth(*self._target) - scores.worth(*self._span)) / scores.share
+        if self._state is not MoveState.CLAIMED:
+            return gain > 0
+        start, end = self._target
+        return gain > float(self._cost(scores)[end - start - 1, start])
+
+    def _can_leave(self, load: BlockLoad, now: float) -> bool:
+        """Whether enough others stay on every block that is left."""
+        few_L = load.settled_L < self._spare(now)
+        start, end = self._span
+        few_L[:start] = few_L[end:] = False
+        few_L[slice(*self._target)] = False
+        return not few_L.any()
+
+    def _spare(self, now: float) -> int:
+        is_early = self._is_urgent and now < self._claimed_at + self._settings.known_s
+        return URGENT_SPARE if is_early else SPARE
+
+    def _withdraw(self, now: float) -> list[MoveAction]:
+        self._counts = replace(self._counts, withdrawn=self._counts.withdrawn + 1)
+        self._rest(now)
+        return [WithdrawClaim()]
+
+    # The weighing.
+
+    def _choose(self, load: BlockLoad, now: float) -> tuple[tuple[int, int], bool] | None:
+        """The best span to move to, and whether that is urgent; None: stay."""
+        scores = self._score(load)
+        start, end = self._span
+        covers_now = scores.newly_covered(start, end)
+        covers_more_WS = scores.newly_covered_WS > covers_now
+        urgent_WS = covers_more_WS & self._allowed(scores, load, URGENT_SPARE)
+        if urgent_WS.any():
+            most = scores.newly_covered_WS[urgent_WS].max()
+            urgent_WS &= scores.newly_covered_WS == most
+            return self._best(scores.worth_WS, urgent_WS), True
+        if now < self._rested_at:
+            return None
+        gain_WS = (scores.worth_WS - scores.worth(*self._span)) / scores.share
+        value_WS = gain_WS - self._cost(scores)
+        is_better_WS = self._allowed(scores, load, SPARE) & (value_WS > 0)
+        return (self._best(value_WS, is_better_WS), False) if is_better_WS.any() else None
+
+    def _best(self, value_WS: Floats, is_allowed_WS: Booleans) -> tuple[int, int]:
+        """The span of greatest value; of equals, one by chance."""
+        allowed_WS = np.where(is_allowed_WS, value_WS, -np.inf)
+        row, start = self._rng.choice(np.argwhere(allowed_WS == allowed_WS.max()).tolist())
+        return start, start + row + 1
+
+    def _score(self, load: BlockLoad) -> SpanScores:
+        start, end = self._span
+        fit = max(self._capacity.fit, end - start)
+        return score_spans(load, replace(self._capacity, fit=fit))
+
+    def _allowed(self, scores: SpanScores, load: BlockLoad, spare: int) -> Booleans:
+        """Which spans can be taken without leaving a block on which too few others stay."""
+        allowed_WS = scores.is_possible_WS
+        bound = np.flatnonzero(load.settled_L[slice(*self._span)] < spare)
+        if len(bound):
+            first, last = self._span[0] + bound[0], self._span[0] + bound[-1]
+            rows, starts = np.ogrid[1 : len(allowed_WS) + 1, : load.num_blocks]
+            allowed_WS = allowed_WS & (starts <= first) & (starts + rows > last)
+        return allowed_WS
+
+    def _cost(self, scores: SpanScores) -> Floats:
+        """What a move must gain, in parts of what this server contributes."""
+        settings = self._settings
+        start, end = self._span
+        lengths = np.arange(1, len(scores.worth_WS) + 1)[:, None]
+        starts = np.arange(scores.worth_WS.shape[1])[None, :]
+        kept_WS = np.minimum(starts + lengths, end) - np.maximum(starts, start)
+        new_WS = lengths - np.maximum(kept_WS, 0)
+        seconds_WS = settings.drain_s + settings.load_block_s * new_WS
+        cost_WS: Floats = settings.min_gain + seconds_WS / settings.cost_horizon_s
+        return cost_WS

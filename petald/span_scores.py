@@ -1,0 +1,110 @@
+"""What every span that a server could host would be worth to the swarm.
+
+Pure. The swarm is as quick as its least-served block, and no placement can lift that above the mean
+over the blocks (the *bound*), which is the same for all placements. The minimum alone is a poor
+guide, though: one server's move seldom lifts it where several blocks are short. So what is judged
+is a smooth stand-in for it, the power mean of the blocks' throughputs, in units of the bound, with
+an exponent so low (``-POWER``) that the least-served blocks govern it. It is 1 where all blocks are
+served alike, and less anywhere else.
+
+How it works: a server of ``v`` block-steps a second adds ``v / n`` to each of ``n`` blocks. For
+each ``n`` the gain of every block is computed once; the gain of a window is then the difference of
+two prefix sums. So all windows of all lengths cost as much as ``fit`` passes over the blocks.
+
+Shapes: L blocks, W lengths of a span (row ``n - 1`` is for ``n`` blocks), S first blocks of a span.
+Where a window does not end within the model its entry is of no meaning and never allowed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from petald.block_load import BlockLoad, Capacity
+from petald.swarm import Booleans, Floats, Integers
+
+POWER = 8
+"""Of the power mean. With less, a wide shallow dip outweighs the block that governs; with much more
+only one block is seen and several servers that mend different dips see nothing in it: see
+benchmarks/swarm_sim.py."""
+
+FLOOR = 0.05
+"""Added to every block's throughput, in units of the bound, so that a block without any is bad
+beyond all others, and not infinitely bad."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanScores:
+    """What spans are worth.
+
+    Attributes:
+        worth_WS: the power mean, in units of the bound, with the server on that span.
+        newly_covered_WS: how many blocks it would cover that nobody else is to cover.
+        is_possible_WS: whether the span lies in the model.
+        share: of the server in what the swarm does in all, itself included.
+    """
+
+    worth_WS: Floats
+    newly_covered_WS: Floats
+    is_possible_WS: Booleans
+    share: float
+
+    def worth(self, start: int, end: int) -> float:
+        """Of one span; of one longer than fits now, as if it had been cut."""
+        row = min(end - start, len(self.worth_WS)) - 1
+        return float(self.worth_WS[row, start])
+
+    def newly_covered(self, start: int, end: int) -> int:
+        """Of one span, likewise."""
+        row = min(end - start, len(self.worth_WS)) - 1
+        return int(self.newly_covered_WS[row, start])
+
+
+def score_spans(load: BlockLoad, capacity: Capacity) -> SpanScores:
+    """Judges every span that fits.
+
+    Args:
+        load: what the others do.
+        capacity: of the server; at least one block fits.
+    """
+    num_blocks = load.num_blocks
+    fit = min(capacity.fit, num_blocks)
+    speed = load.speed_of(capacity)
+    total = float(load.throughput_L.sum()) + speed
+    bound = total / num_blocks
+    relative_L = load.throughput_L / bound + FLOOR
+    lengths, ends_WS, is_possible_WS = _windows(num_blocks, fit)
+    need_L = _need(relative_L)
+    gain_WL = need_L - _need(relative_L + (speed / bound / lengths)[:, None])
+    gained_WS = _window_sums(gain_WL, ends_WS)
+    need_WS = np.maximum(need_L.sum() - gained_WS, num_blocks * 1e-12)
+    uncovered_WL = np.broadcast_to(load.planned_L == 0, (fit, num_blocks)).astype(np.float64)
+    return SpanScores(
+        worth_WS=(need_WS / num_blocks) ** (-1 / POWER) - FLOOR,
+        newly_covered_WS=_window_sums(uncovered_WL, ends_WS),
+        is_possible_WS=is_possible_WS,
+        share=speed / total,
+    )
+
+
+def _need(relative: Floats) -> Floats:
+    square = relative * relative
+    fourth = square * square
+    return 1.0 / (fourth * fourth)  # to the power of -POWER, and much quicker than that
+
+
+@functools.lru_cache(maxsize=64)
+def _windows(num_blocks: int, fit: int) -> tuple[Floats, Integers, Booleans]:
+    """Lengths (W,), the end of each window (W, S), and whether it is within the model."""
+    lengths = np.arange(1, fit + 1)
+    ends = np.arange(num_blocks)[None, :] + lengths[:, None]
+    return lengths.astype(np.float64), np.minimum(ends, num_blocks), ends <= num_blocks
+
+
+def _window_sums(values_WL: Floats, ends_WS: Integers) -> Floats:
+    sums = np.zeros((values_WL.shape[0], values_WL.shape[1] + 1))
+    np.cumsum(values_WL, axis=1, out=sums[:, 1:])
+    windows: Floats = np.take_along_axis(sums, ends_WS, axis=1) - sums[:, :-1]
+    return windows

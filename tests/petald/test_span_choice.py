@@ -1,0 +1,149 @@
+"""Which span a server takes that joins, against a search through all of them."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from petald.block_load import Capacity, read_load
+from petald.span_choice import AS_GOOD, ModelOffer, choose_model, choose_span
+from petald.span_scores import FLOOR, POWER, score_spans
+from tests.helpers.placement_world import announcement, load_of, view_of
+
+spans = st.tuples(st.integers(0, 9), st.integers(1, 5), st.floats(0.1, 10.0)).map(
+    lambda one: (one[0], min(10, one[0] + one[1]), one[2])
+)
+swarms = st.lists(spans, min_size=1, max_size=12)
+
+
+def plain_worth(
+    swarm: list[tuple[int, int, float]], own: tuple[int, int, float], num_blocks: int
+) -> float:
+    """The power mean of the blocks' throughputs over their mean, written down."""
+    throughput = [0.0] * num_blocks
+    for start, end, speed in [*swarm, own]:
+        for block in range(start, end):
+            throughput[block] += speed / (end - start)
+    mean = sum(throughput) / num_blocks
+    relative = [one / mean + FLOOR for one in throughput]
+    return (sum(one**-POWER for one in relative) / num_blocks) ** (-1 / POWER) - FLOOR
+
+
+def typical_speed(swarm: list[tuple[int, int, float]]) -> float:
+    return float(np.median([speed for *_, speed in swarm]))
+
+
+@given(swarms, st.integers(1, 12), st.floats(0.1, 5.0))
+def test_every_span_is_worth_what_a_plain_sum_says(swarm, fit: int, speed: float) -> None:
+    scores = score_spans(load_of(10, *swarm), Capacity(fit=fit, block_steps_per_s=speed))
+    speed = min(speed, 100 * typical_speed(swarm))
+    for start in range(10):
+        for end in range(start + 1, min(10, start + fit) + 1):
+            plain = plain_worth(swarm, (start, end, speed), 10)
+            assert scores.worth(start, end) == pytest.approx(plain, rel=1e-4, abs=1e-6)
+            covered = {block for one in swarm for block in range(one[0], one[1])}
+            assert scores.newly_covered(start, end) == len(set(range(start, end)) - covered)
+
+
+@given(swarms, st.integers(1, 12), st.floats(0.1, 5.0), st.integers())
+def test_the_choice_covers_most_and_then_is_worth_most(swarm, fit, speed, seed: int) -> None:
+    capacity = Capacity(fit=fit, block_steps_per_s=speed)
+    load = load_of(10, *swarm)
+    start, end = choose_span(load, capacity, rng=random.Random(seed))
+    assert 0 <= start < end <= min(10, start + fit)
+    scores = score_spans(load, capacity)
+    every = [(s, e) for s in range(10) for e in range(s + 1, min(10, s + fit) + 1)]
+    most = max(scores.newly_covered(*span) for span in every)
+    assert scores.newly_covered(start, end) == most
+    worths = [scores.worth(*span) for span in every if scores.newly_covered(*span) == most]
+    least = max(worths) - AS_GOOD * (max(worths) - min(worths))
+    assert scores.worth(start, end) >= least - 1e-9
+
+
+def test_the_least_covered_blocks_are_taken() -> None:
+    load = load_of(8, *[(0, 3)] * 3, *[(5, 8)] * 3)
+    assert choose_span(load, Capacity(fit=2), rng=random.Random(0)) == (3, 5)
+
+
+def test_fewer_blocks_than_fit_are_taken_where_that_balances() -> None:
+    load = load_of(8, *[(0, 3)] * 4, *[(3, 5)] * 2, *[(5, 8)] * 4)
+    chosen = choose_span(load, Capacity(fit=8, block_steps_per_s=1.0), rng=random.Random(0))
+    assert chosen == (3, 5)
+
+
+def test_servers_that_start_together_spread_over_all_blocks() -> None:
+    counts = np.zeros(10)
+    for seed in range(500):
+        start, end = choose_span(load_of(10), Capacity(fit=4), rng=random.Random(seed))
+        counts[start:end] += 1
+    assert counts.min() > 0.7 * counts.max()
+
+
+def test_claims_count_as_made_and_leaving_servers_not_at_all() -> None:
+    said = {
+        "mover": announcement(0, 4, claim=(4, 8, 1)),
+        "leaver": announcement(0, 8, state="leaving"),
+        "joiner": announcement(2, 4, state="joining", claim=(2, 4, 1)),
+    }
+    load = read_load(view_of(8, said))
+    assert load.planned_L.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert load.throughput_L == pytest.approx([0, 0, 0.5, 0.5] + [0.25] * 4)
+    assert load.settled_L.tolist() == [0] * 8
+    assert load.num_servers == 2
+
+
+@given(st.lists(st.tuples(spans, st.none() | spans, st.integers(0, 9)), max_size=8), st.integers())
+@settings(max_examples=50)
+def test_later_claims_are_undone(swarm, own_ms: int) -> None:
+    own_ms = own_ms % 10
+
+    def load(keeps):
+        said = {}
+        for number, ((start, end, speed), claimed, made_at_ms) in enumerate(swarm):
+            claim = None if claimed is None else (*claimed[:2], made_at_ms)
+            is_kept = claim is not None and keeps(made_at_ms, str(number))
+            said[str(number)] = announcement(
+                start, end, speed=speed, claim=claim if is_kept else None
+            )
+        return read_load(view_of(10, said))
+
+    undone = load(lambda *_: True).without_claims_after(own_ms, "5")
+    plain = load(lambda made_at_ms, peer: (made_at_ms, peer) <= (own_ms, "5"))
+    assert undone.throughput_L == pytest.approx(plain.throughput_L, abs=1e-9)
+    assert undone.planned_L.tolist() == plain.planned_L.tolist()
+    assert undone.settled_L.tolist() == plain.settled_L.tolist()
+    assert undone.claims == plain.claims
+
+
+def test_what_was_not_measured_counts_as_typical_and_what_is_absurd_is_cut() -> None:
+    said = {str(n): announcement(n, n + 1, speed=2.0) for n in range(5)}
+    said["unmeasured"] = announcement(5, 6, speed=0.0)
+    said["liar"] = announcement(6, 7, speed=1e12)
+    load = read_load(view_of(7, said))
+    assert load.throughput_L == pytest.approx([2.0] * 6 + [200.0])
+
+
+def test_the_model_with_uncovered_blocks_comes_first_and_then_the_hungriest() -> None:
+    rng = random.Random(0)
+    one = Capacity(fit=4)
+    whole, half = load_of(8, (0, 8)), load_of(8, (0, 4))
+    rich = load_of(8, *[(0, 8)] * 5)
+    offers = {
+        "whole": ModelOffer(load=whole, capacity=one),
+        "half": ModelOffer(load=half, capacity=one),
+    }
+    assert choose_model(offers, rng=rng) == "half"
+    offers = {
+        "whole": ModelOffer(load=whole, capacity=one),
+        "rich": ModelOffer(load=rich, capacity=one),
+    }
+    assert choose_model(offers, rng=rng) == "whole"
+    offers["rich"] = ModelOffer(load=rich, capacity=one, demand=1000.0)
+    assert choose_model(offers, rng=rng) == "rich"
+    offers["empty"] = ModelOffer(load=load_of(8), capacity=Capacity(fit=0))
+    assert choose_model(offers, rng=rng) == "rich"
+    assert choose_model({"empty": offers["empty"]}, rng=rng) is None
