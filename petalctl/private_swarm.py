@@ -168,6 +168,20 @@ class PrivateSwarm:
         wait_ready([server], START_TIMEOUT_S, self._on_ready)
         return server
 
+    def add_free_servers(self, count: int, **serve: Value) -> list[DaemonProcess]:
+        """Starts servers that choose their blocks themselves, all at once; waits until they serve.
+
+        Args:
+            count: how many.
+            serve: more settings for their ``[serve]`` sections.
+
+        Raises:
+            CommandError: one did not start.
+        """
+        servers = [self._start_server(None, serve) for _ in range(count)]
+        wait_ready(servers, START_TIMEOUT_S, self._on_ready)
+        return servers
+
     def wait_covered(self, model: str = "", timeout_s: float = 60.0) -> None:
         """Waits until the routing daemon knows a server for every block.
 
@@ -206,8 +220,10 @@ class PrivateSwarm:
                 shutil.rmtree(self.folder, ignore_errors=True)
             self._guards.close()
 
-    def _start_server(self, span: tuple[int, int], serve: Mapping[str, Value]) -> DaemonProcess:
-        blocks = f"{span[0]}:{span[1]}"
+    def _start_server(
+        self, span: tuple[int, int] | None, serve: Mapping[str, Value]
+    ) -> DaemonProcess:
+        blocks = "auto" if span is None else f"{span[0]}:{span[1]}"
         server = self._start(
             f"server {len(self.servers) + 1}",
             {"serve": {**self._serve, "blocks": blocks, **serve}},

@@ -51,6 +51,10 @@ class Announcer:
         self._rng = rng
         self._changed = trio.Event()
 
+    def speak_for(self, make_announcement: Callable[[], Announcement]) -> None:
+        """Lets another say what holds from now on."""
+        self._make = make_announcement
+
     def announce_soon(self) -> None:
         """Something changed that others should know before the period is over."""
         self._changed.set()
@@ -59,7 +63,7 @@ class Announcer:
         """Announces until cancelled; started when the first announcement is out."""
         has_started = False
         while True:
-            holders = await self._publish()
+            holders = await self.publish()
             if not has_started:
                 task_status.started()
                 has_started = True
@@ -71,9 +75,10 @@ class Announcer:
     async def withdraw(self) -> None:
         """Announces what `make_announcement` says now (that this server leaves), once, at once."""
         with trio.move_on_after(WITHDRAW_DEADLINE_S):
-            await self._publish()
+            await self.publish()
 
-    async def _publish(self) -> int:
+    async def publish(self) -> int:
+        """Announces what holds now, at once; says how many peers hold it, 0 if it failed."""
         announcement = self._make()
         try:
             return await self._directory.publish(

@@ -37,8 +37,9 @@ from petald.notify import notify_ready, notify_stopping
 from petald.pass_link import PassLinks
 from petald.reports import Reporter
 from petald.router import MEASURE_PERIOD_S, Router
-from petald.serving import Serving, load_serving
+from petald.serving import Serving
 from petald.speed_cache import SpeedCache
+from petald.start_serving import load_serving
 from petald.throughput import measure_codecs
 from petald.training_jobs import TrainingJobs
 
@@ -97,17 +98,17 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
         )
         serving: Serving | None = None
         if config.serve.model:
-            serving = await load_serving(
+            serving, announcer = await load_serving(
                 config.serve,
                 network=network,
+                directory=directory,
                 router=router,
                 codecs=MessageCodecs(network, costs, preferred=config.serve.codec),
                 executor=device_executor,
                 speeds=SpeedCache(config.daemon.state_dir),
                 rng=rng,
+                nursery=nursery,
             )
-            announcer = Announcer(directory, serving.make_announcement, rng=rng)
-            await nursery.start(announcer.run)
             nursery.start_soon(_keep_measuring_next_hops, serving, router, announcer, rng)
         for name in config.route.models:
             await models.load(name)

@@ -31,6 +31,7 @@ from petald.log import get_logger
 from petald.notify import notify_status
 from petald.placement import MEMORY_SHARE, count_fitting_blocks
 from petald.speed_cache import SpeedCache, speed_key
+from petald.swarm import Announcement, ServerState
 from petald.throughput import BlockSpeed, measure_speed
 
 log = get_logger(__name__)
@@ -92,6 +93,28 @@ class SpanLoader:
             dtype=self._dtype,
             quant=config.quant,
             threads=config.threads,
+        )
+
+    def describe(self, version: str, addresses: tuple[str, ...]) -> Announcement:
+        """What a server says of itself that loads a span of this model.
+
+        Args:
+            version: of petald.
+            addresses: where it listens.
+        """
+        return Announcement(
+            model=self._identity.fingerprint,
+            start=0,
+            end=1,
+            state=ServerState.LOADING,
+            step_ms=0.0,
+            cache_tokens=self._config.cache_tokens,
+            free_cache_tokens=0,
+            dtype=dtype_name(self._dtype),
+            quant=self._config.quant,
+            codec=self._config.codec,
+            version=version,
+            addresses=addresses,
         )
 
     def block_bytes(self, block: int) -> int:

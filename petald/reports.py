@@ -147,6 +147,13 @@ def _whole(rate: float | None) -> int | None:
     return None if rate is None else min(round(rate), MAX_RATE)
 
 
+_STATES = {
+    ServerState.LOADING: "moving",
+    ServerState.SERVING: "serving",
+    ServerState.LEAVING: "draining",
+}
+
+
 def _span_status(serving: Serving) -> SpanStatus:
     hosted = serving.hosting.hosted
     span, arena = hosted.span, hosted.arena
@@ -155,7 +162,7 @@ def _span_status(serving: Serving) -> SpanStatus:
         fingerprint=serving.identity.fingerprint.hex(),
         start=span.start,
         end=span.end,
-        state="draining" if serving.state == ServerState.LEAVING else "serving",
+        state=_STATES[serving.state],
         quant=serving.quant,
         dtype=dtype_name(span.dtype),
         device=str(span.device),

@@ -11,23 +11,16 @@ import trio
 
 from kernels.errors import KernelError
 from p2p.network import Network
-from petald.block_load import Capacity, read_load
 from petald.config import ServeConfig
 from petald.devices import dtype_name
-from petald.errors import ConfigError
-from petald.executor import Executor
-from petald.hosted_adapters import read_adapters
 from petald.hosting import Hosting, SpanLoader
-from petald.local_model import ModelIdentity, identify_model
+from petald.local_model import ModelIdentity
 from petald.log import get_logger
 from petald.message_codecs import MessageCodecs
 from petald.notify import notify_status
 from petald.pass_server import PassServer
-from petald.placement import parse_blocks
 from petald.router import Router
 from petald.server import Server
-from petald.span_choice import choose_span
-from petald.speed_cache import SpeedCache
 from petald.swarm import (
     Announcement,
     Claim,
@@ -178,6 +171,7 @@ class Serving:
         if hosting is None:
             hosting = await self._load_in_place(start, end, on_changed, deadline_s)
         before, self.hosting = self.hosting, hosting
+        self.claim = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(
                 partial(
@@ -239,82 +233,3 @@ class Serving:
             for peer, seconds in measured
             if seconds is not None
         )
-
-
-async def load_serving(
-    config: ServeConfig,
-    *,
-    network: Network,
-    router: Router,
-    codecs: MessageCodecs,
-    executor: Executor,
-    speeds: SpeedCache,
-    rng: random.Random,
-) -> Serving:
-    """Chooses the span, loads it, measures it, and takes sessions from then on.
-
-    Raises:
-        ConfigError: the configured span is not in the model, not one block fits, or an adapter
-            that is to be hosted cannot be.
-        KernelError: the model cannot be read.
-
-    Cancellation: loading ends after the block that is being read.
-    """
-    identity = await trio.to_thread.run_sync(identify_model, config.model)
-    own = await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
-    loader = SpanLoader(config, identity, executor, adapters=own, speeds=speeds)
-    start, end = await _choose_blocks(config, identity, loader, router, rng)
-    hosting = await loader.load(start, end)
-    notify_status(f"serving blocks {start}:{end} of {identity.name}")
-    server = Server(
-        network,
-        hosting.hosted,
-        fingerprint=identity.fingerprint,
-        config=config,
-        adapters=hosting.adapters,
-        codecs=codecs,
-    )
-    server.start()
-    pass_server = PassServer(
-        network,
-        hosting.passes,
-        adapters=hosting.adapters,
-        fingerprint=identity.fingerprint,
-        config=config,
-        is_draining=lambda: server.is_draining,
-        codecs=codecs,
-    )
-    pass_server.start()
-    return Serving(
-        identity=identity,
-        config=config,
-        loader=loader,
-        hosting=hosting,
-        server=server,
-        pass_server=pass_server,
-        network=network,
-        adapter_names=tuple(adapter.full_name for adapter in own),
-    )
-
-
-async def _choose_blocks(
-    config: ServeConfig,
-    identity: ModelIdentity,
-    loader: SpanLoader,
-    router: Router,
-    rng: random.Random,
-) -> tuple[int, int]:
-    num_blocks = identity.config.num_blocks
-    if config.blocks != "auto":
-        start, end = parse_blocks(config.blocks)
-        if end > num_blocks:
-            raise ConfigError(
-                f"blocks {start}:{end} were configured, "
-                f"but {identity.name} has blocks 0:{num_blocks}"
-            )
-        return start, end
-    fitting = loader.count_fitting()
-    view = await router.read_view(identity)
-    load = read_load(view)
-    log.debug("choosing a span", fitting=fitting, servers=load.num_servers)
-    return choose_span(load, Capacity(fit=fitting), rng=rng)

@@ -71,7 +71,7 @@ class SpanStatus:
     """The span that this daemon hosts.
 
     Attributes:
-        state: ``loading``, ``serving`` or ``draining``.
+        state: ``moving`` (between two spans), ``serving`` or ``draining``.
         quant: the weight format.
         weight_bytes: the memory that its weights take.
         cache_tokens: the arena's size; ``free_cache_tokens`` of it are promised to nobody.

@@ -1,0 +1,238 @@
+"""Moves of this server: the planner's decisions, carried out.
+
+The planner (`petald.move_planner`) decides by fresh views; here are the reading of them, the
+announcements, and the loading, which goes on while views are read. Servers that alone hold some
+blocks are pinged at each look, since a view still has those that died for most of a minute.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import trio
+
+from kernels.errors import KernelError
+from p2p.errors import P2PError
+from p2p.network import Network
+from petald.announcer import Announcer
+from petald.block_load import Capacity, read_load
+from petald.errors import PetaldError
+from petald.hosting import Hosting
+from petald.log import get_logger
+from petald.move_actions import (
+    FinishMove,
+    MakeClaim,
+    MoveAction,
+    MoveSettings,
+    StartMove,
+    WithdrawClaim,
+)
+from petald.move_planner import MovePlanner
+from petald.router import Router
+from petald.serving import Serving
+from petald.swarm import Claim, Server, SwarmView
+
+log = get_logger(__name__)
+
+LOOK_S = 8.0
+"""Between two looks at a small swarm: about as often as views change."""
+
+LOOK_SERVER_S = 0.005
+MOST_LOOK_S = 60.0
+"""For each server of a large one a view takes longer to read, and one death matters less."""
+
+FEW_SERVERS = 2
+MAX_PINGED = 32
+PING_DEADLINE_S = 2.0
+MISSES = 2
+"""Whoever is one of so few that hold a block is pinged, and left out of what is decided by when it
+has not answered twice in a row."""
+
+
+class Mover:
+    """Has a server move where the swarm needs it; `run` does it.
+
+    Args:
+        serving: the server.
+        capacity: what it can do.
+        router: reads views.
+        announcer: of the server.
+        network: the way to other servers.
+        settings: how moves are weighed.
+        rng: of all that is left to chance.
+        wall_clock: seconds since the epoch; orders the claims.
+    """
+
+    def __init__(
+        self,
+        serving: Serving,
+        capacity: Capacity,
+        *,
+        router: Router,
+        announcer: Announcer,
+        network: Network,
+        settings: MoveSettings,
+        rng: random.Random,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._serving = serving
+        self._capacity = capacity
+        self._router = router
+        self._announcer = announcer
+        self._network = network
+        self._rng = rng
+        self._wall_clock = wall_clock
+        span = serving.hosting.span
+        self._planner = MovePlanner(
+            network.peer,
+            (span.start, span.end),
+            capacity,
+            settings=settings,
+            now=trio.current_time(),
+            rng=rng,
+        )
+        self._servers = 0
+        self._misses: dict[str, int] = {}
+        self._prepared: Hosting | None = None
+        self._loading: trio.CancelScope | None = None
+        self._wake = trio.Event()
+
+    async def run(self) -> None:
+        """Looks and moves, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._wait()
+                if self._serving.server.is_draining:
+                    await self._give_up()
+                    continue
+                now = trio.current_time()
+                try:
+                    view = await self._read_view()
+                except (P2PError, PetaldError) as error:
+                    log.debug("no view to move by", reason=str(error))
+                    continue
+                self._measure()
+                load = read_load(view, own=self._network.peer)
+                for action in self._planner.on_load(load, now):
+                    await self._carry_out(action, nursery)
+
+    async def _wait(self) -> None:
+        period_s = min(LOOK_S + LOOK_SERVER_S * self._servers, MOST_LOOK_S)
+        until = trio.current_time() + period_s * self._rng.uniform(0.6, 1.4)
+        deadline = self._planner.next_deadline()
+        with trio.move_on_at(until if deadline is None else min(until, deadline)):
+            await self._wake.wait()
+        self._wake = trio.Event()
+        await trio.lowlevel.checkpoint()
+
+    def _measure(self) -> None:
+        hosting = self._serving.hosting
+        step_s = hosting.hosted.step_s
+        blocks = hosting.span.end - hosting.span.start
+        block_s = hosting.speed.step_s if step_s is None else step_s / blocks
+        self._planner.set_capacity(replace(self._capacity, block_steps_per_s=1 / block_s))
+
+    async def _carry_out(self, action: MoveAction, nursery: trio.Nursery) -> None:
+        if isinstance(action, MakeClaim):
+            made_at_ms = int(self._wall_clock() * 1e3)
+            log.info("move claimed", blocks=f"{action.start}:{action.end}")
+            self._serving.claim = Claim(start=action.start, end=action.end, made_at_ms=made_at_ms)
+            if await self._announcer.publish():
+                self._planner.on_claimed(made_at_ms, trio.current_time())
+            else:
+                await self._fail("the claim could not be announced")
+        elif isinstance(action, WithdrawClaim):
+            log.info("move withdrawn")
+            await self._clear()
+        elif isinstance(action, StartMove):
+            nursery.start_soon(self._load, action)
+        elif isinstance(action, FinishMove):
+            await self._finish(action)
+
+    async def _load(self, action: StartMove) -> None:
+        with trio.CancelScope() as self._loading:
+            try:
+                self._prepared = await self._serving.prepare(action.start, action.end)
+            except KernelError as error:
+                await self._fail(str(error))
+                return
+            self._planner.on_loaded(trio.current_time())
+            self._wake.set()
+
+    async def _finish(self, action: FinishMove) -> None:
+        prepared, self._prepared = self._prepared, None
+        try:
+            await self._serving.move(action.start, action.end, prepared, on_changed=self._announce)
+        except KernelError as error:
+            await self._fail(str(error))
+        else:
+            self._planner.on_moved(action.start, action.end, trio.current_time())
+
+    async def _announce(self) -> None:
+        await self._announcer.publish()
+
+    async def _fail(self, reason: str) -> None:
+        log.warning("move failed", reason=reason)
+        await self._clear()
+        self._planner.on_move_failed(trio.current_time())
+
+    async def _clear(self) -> None:
+        """Announces no claim any more, and frees what was loaded for it."""
+        self._serving.claim = self._prepared = None
+        if self._loading is not None:
+            self._loading.cancel()
+        await self._announcer.publish()
+
+    async def _give_up(self) -> None:
+        if self._planner.claim is not None:
+            await self._clear()
+            self._planner.on_move_failed(trio.current_time())
+
+    # What is known of the others.
+
+    async def _read_view(self) -> SwarmView:
+        """The view, without those that do not answer though much depends on them."""
+        view = await self._router.read_view(self._serving.identity, max_age_s=0.0)
+        self._servers = len(view.servers)
+        asked = self._find_vital(view)
+        async with trio.open_nursery() as nursery:
+            for server in asked:
+                nursery.start_soon(self._ping, server.peer)
+        known = {server.peer for server in view.servers}
+        self._misses = {peer: count for peer, count in self._misses.items() if peer in known}
+        dead = {peer for peer, count in self._misses.items() if count >= MISSES}
+        if not dead:
+            return view
+        return replace(
+            view, servers=tuple(server for server in view.servers if server.peer not in dead)
+        )
+
+    def _find_vital(self, view: SwarmView) -> Sequence[Server]:
+        coverage = view.coverage()
+        vital = [
+            server
+            for server in view.servers
+            if server.peer in self._misses
+            or (
+                server.is_serving
+                and server.peer != self._network.peer
+                and min(coverage[server.start : server.end]) <= FEW_SERVERS
+            )
+        ]
+        return vital if len(vital) <= MAX_PINGED else self._rng.sample(vital, MAX_PINGED)
+
+    async def _ping(self, peer: str) -> None:
+        with trio.move_on_after(PING_DEADLINE_S):
+            try:
+                await self._network.ping(peer)
+            except P2PError:
+                pass
+            else:
+                self._misses.pop(peer, None)
+                return
+        self._misses[peer] = self._misses.get(peer, 0) + 1
+        if self._misses[peer] < MISSES:
+            self._wake.set()

@@ -1,0 +1,158 @@
+"""The start of serving: which span, its claim, its weights, its announcement, and what moves it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+
+import trio
+
+from p2p.directory import Directory
+from p2p.network import Network
+from petald.announcer import Announcer
+from petald.block_load import Capacity
+from petald.config import ANY_BLOCKS, ServeConfig
+from petald.errors import ConfigError
+from petald.executor import Executor
+from petald.hosted_adapters import HostedAdapter, read_adapters
+from petald.hosting import Hosting, SpanLoader
+from petald.joining import Joining, choose_first_span
+from petald.local_model import ModelIdentity, identify_model
+from petald.message_codecs import MessageCodecs
+from petald.move_actions import MoveSettings
+from petald.mover import Mover
+from petald.notify import notify_status
+from petald.pass_server import PassServer
+from petald.placement import parse_blocks
+from petald.router import Router
+from petald.server import Server
+from petald.serving import VERSION, Serving
+from petald.speed_cache import SpeedCache
+
+
+async def load_serving(
+    config: ServeConfig,
+    *,
+    network: Network,
+    directory: Directory,
+    router: Router,
+    codecs: MessageCodecs,
+    executor: Executor,
+    speeds: SpeedCache,
+    rng: random.Random,
+    nursery: trio.Nursery,
+) -> tuple[Serving, Announcer]:
+    """Chooses the span, loads it, measures it, and takes sessions from then on.
+
+    While it is being loaded, it is announced as a claim; if it was chosen here, the server moves
+    later where the swarm needs it more.
+
+    Args:
+        config: what to serve, and how.
+        network: to be served on.
+        directory: where the server is announced.
+        router: reads the swarm's view.
+        codecs: encode what is sent.
+        executor: the device's thread.
+        speeds: that were measured before.
+        rng: of choices among equals, and of delays.
+        nursery: holds what goes on for as long as the server lives.
+
+    Raises:
+        ConfigError: the configured span is not in the model, not one block fits, or an adapter
+            that is to be hosted cannot be.
+        KernelError: the model cannot be read.
+
+    Cancellation: loading ends after the block that is being read.
+    """
+    identity = await trio.to_thread.run_sync(identify_model, config.model)
+    own = await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
+    loader = SpanLoader(config, identity, executor, adapters=own, speeds=speeds)
+    joining = Joining(loader.describe(VERSION, network.addresses[:16]))
+    announcer = Announcer(directory, joining.make_announcement, rng=rng)
+    capacity: Capacity | None = None
+    if config.blocks == ANY_BLOCKS:
+        speed = await loader.find_speed()
+        capacity = Capacity(fit=loader.count_fitting(), block_steps_per_s=1 / speed.step_s)
+        start, end = await choose_first_span(
+            joining,
+            capacity,
+            peer=network.peer,
+            read_view=partial(router.read_view, identity, max_age_s=0.0),
+            announce=announcer.publish,
+            rng=rng,
+        )
+    else:
+        start, end = _configured_span(config, identity)
+        joining.claim_span(start, end)
+    await nursery.start(announcer.run)
+    hosting = await loader.load(start, end)
+    serving = _begin(config, identity, loader, hosting, network, codecs, own)
+    del hosting  # it is to be freed when the server moves
+    announcer.speak_for(serving.make_announcement)
+    await announcer.publish()
+    notify_status(f"serving blocks {start}:{end} of {identity.name}")
+    if capacity is not None:
+        mover = Mover(
+            serving,
+            capacity,
+            router=router,
+            announcer=announcer,
+            network=network,
+            settings=MoveSettings(),
+            rng=rng,
+        )
+        nursery.start_soon(mover.run)
+    return serving, announcer
+
+
+def _begin(
+    config: ServeConfig,
+    identity: ModelIdentity,
+    loader: SpanLoader,
+    hosting: Hosting,
+    network: Network,
+    codecs: MessageCodecs,
+    adapters: Sequence[HostedAdapter],
+) -> Serving:
+    """Takes sessions and passes on a span from now on."""
+    server = Server(
+        network,
+        hosting.hosted,
+        fingerprint=identity.fingerprint,
+        config=config,
+        adapters=hosting.adapters,
+        codecs=codecs,
+    )
+    server.start()
+    pass_server = PassServer(
+        network,
+        hosting.passes,
+        adapters=hosting.adapters,
+        fingerprint=identity.fingerprint,
+        config=config,
+        is_draining=lambda: server.is_draining,
+        codecs=codecs,
+    )
+    pass_server.start()
+    return Serving(
+        identity=identity,
+        config=config,
+        loader=loader,
+        hosting=hosting,
+        server=server,
+        pass_server=pass_server,
+        network=network,
+        adapter_names=tuple(adapter.full_name for adapter in adapters),
+    )
+
+
+def _configured_span(config: ServeConfig, identity: ModelIdentity) -> tuple[int, int]:
+    start, end = parse_blocks(config.blocks)
+    num_blocks = identity.config.num_blocks
+    if end > num_blocks:
+        raise ConfigError(
+            f"blocks {start}:{end} were configured, but {identity.name} has blocks 0:{num_blocks}"
+        )
+    return start, end

@@ -1,0 +1,124 @@
+"""Real daemons that choose their blocks themselves, close gaps, and move under running jobs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.checkpoint import Checkpoint
+from kernels.kv_cache import CacheArena
+from kernels.layer_loader import block_bytes
+from p2p.wire.control_messages import GenerateDone, ServerStatus
+from petalctl.client import Client
+from petalctl.daemon_process import DaemonProcess
+from petalctl.private_swarm import PrivateSwarm, Value
+from tests.swarm.conftest import wait_until_free
+
+pytestmark = [pytest.mark.swarm, pytest.mark.model, pytest.mark.timeout(400)]
+
+PROMPT = "Once upon a time, in a small village by the sea,"
+CACHE_TOKENS = 2048
+FIT = 10
+
+
+@pytest.fixture(scope="module")
+def room(model_folder: Path) -> dict[str, Value]:
+    """Settings for servers with room for ten blocks each."""
+    config = Checkpoint(model_folder).config
+    one_block = block_bytes(config, 0, dtype=torch.float32, quant="none")
+    one_block += CacheArena.bytes_per_block(
+        config, capacity_tokens=CACHE_TOKENS, dtype=torch.float32
+    )
+    return {"cache_tokens": CACHE_TOKENS, "memory_bytes": int(one_block * (FIT + 0.5))}
+
+
+def spans_of(servers: Sequence[DaemonProcess]) -> dict[str, tuple[int, int]]:
+    """Each server's peer, with its blocks by its own word."""
+    found = {}
+    for server in servers:
+        with Client(server.socket) as own:
+            status = own.status()
+        assert status.span is not None
+        found[status.peer] = (status.span.start, status.span.end)
+    return found
+
+
+def uncovered(spans: dict[str, tuple[int, int]]) -> set[int]:
+    return set(range(30)) - {block for span in spans.values() for block in range(*span)}
+
+
+def serving(swarm: PrivateSwarm) -> list[ServerStatus]:
+    with swarm.client() as client:
+        (model,) = client.swarm(swarm.model).models
+    return [server for server in model.servers if server.state == "serving"]
+
+
+def test_servers_cover_the_model_close_gaps_and_move_under_a_job(
+    model_folder: Path, room: dict[str, Value]
+) -> None:
+    with PrivateSwarm(str(model_folder), spans=[], threads=1, route={"max_wait_s": 200.0}) as swarm:
+        servers = swarm.add_free_servers(6, **room)
+        spans = spans_of(servers)
+        assert all(end - start <= FIT for start, end in spans.values())
+        assert not uncovered(spans), spans
+        swarm.wait_covered()
+        with swarm.client() as client:
+            undisturbed = client.generate(prompt=PROMPT, max_new_tokens=200).result()
+
+        # All servers of some blocks go: the others must make up for them.
+        by_peer = dict(zip(spans, servers, strict=True))
+        victims = _smallest_cut(spans)
+        assert len(victims) <= 2, spans
+        for peer in victims:
+            os.kill(by_peer[peer].pid, signal.SIGKILL)
+        left = [server for peer, server in by_peer.items() if peer not in victims]
+        assert uncovered(spans_of(left))
+        with swarm.client() as client:
+            waiting = client.generate(prompt=PROMPT, max_new_tokens=200)
+            result = waiting.result()
+        assert result.tokens == undisturbed.tokens
+        assert not uncovered(spans_of(left))
+        wait_until_free(swarm)
+
+        # Two more join under a running job.
+        results: list[GenerateDone] = []
+
+        def generate() -> None:
+            with swarm.client() as client:
+                results.append(client.generate(prompt=PROMPT, max_new_tokens=200).result())
+
+        job = threading.Thread(target=generate)
+        job.start()
+        joined = swarm.add_free_servers(2, **room)
+        job.join()
+        assert results[0].tokens == undisturbed.tokens
+        assert not uncovered(spans_of([*left, *joined]))
+
+
+def _smallest_cut(spans: dict[str, tuple[int, int]]) -> set[str]:
+    """The fewest servers without which some block has none."""
+    holders = [
+        {peer for peer, (start, end) in spans.items() if start <= block < end}
+        for block in range(30)
+    ]
+    return min(holders, key=len)
+
+
+def test_servers_that_come_one_after_the_other_cover_the_model(
+    model_folder: Path, room: dict[str, Value]
+) -> None:
+    with PrivateSwarm(str(model_folder), spans=[], threads=1) as swarm:
+        servers: list[DaemonProcess] = []
+        for _ in range(4):
+            started_at = time.monotonic()
+            servers += swarm.add_free_servers(1, **room)
+            assert time.monotonic() - started_at < 60
+        assert not uncovered(spans_of(servers[:3]))
+        swarm.wait_covered()
