@@ -104,6 +104,30 @@ def test_passes_and_gradients_equal_a_dense_spans(
 
 
 @pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_a_graph_keeps_no_more_than_a_dense_spans(
+    llama: Checkpoint, quant: str, dtype: torch.dtype
+) -> None:
+    # So what `graph_bytes` foretells, and the passes that are planned by it, hold as they are.
+    kept = []
+    for span in load_both(llama, quant=quant, dtype=dtype, end=1):
+        held = {tensor.untyped_storage().data_ptr() for tensor in _tensors(span)}
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hidden = random(2, 64, span.config.hidden_size, dtype=dtype).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = span.forward(hidden)
+        assert output.requires_grad
+        kept.append(sum(size for at, size in storages.items() if at not in held))
+    assert 0 < kept[0] <= kept[1]
+
+
+@pytest.mark.parametrize("quant", FORMATS)
 def test_memory_is_as_told(llama: Checkpoint, quant: str) -> None:
     span, dense = load_both(llama, quant=quant, dtype=torch.bfloat16)
     weights = sum(tensor.nbytes for tensor in _tensors(span))
