@@ -150,7 +150,7 @@ class HadamardCodec:
 
     def _choose_levels(self, rotated_NT: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
         """Indices of the levels, uint8 ``[N, T]``; changes what it is given."""
-        rotated_NT *= FINENESS / scale_T
+        rotated_NT *= scale_T.reciprocal().mul_(FINENESS)
         index_NT = rotated_NT.round_().to(torch.int32).add_(FINENESS)
         table = _nearest_levels(self._bits, rotated_NT.device)
         return table.index_select(0, index_NT.view(-1)).view(GROUP_VALUES, -1)

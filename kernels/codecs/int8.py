@@ -5,10 +5,21 @@ Shapes: S rows, D hidden size, R bytes of an encoded row, G groups of a row, N v
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 
-from kernels.codecs.groups import SCALE_BYTES, count_groups, find_scales, group_rows, read_numbers
-from kernels.codecs.rows import check_finite, decode_rows, encode_rows, store_values
+from kernels.codecs.groups import (
+    SCALE_BYTES,
+    SMALLEST_SCALE,
+    count_groups,
+    find_scales,
+    group_rows,
+    read_numbers,
+)
+from kernels.codecs.rows import check_finite, decode_rows, encode_rows, not_finite, store_values
 
 GROUP_VALUES = 64
 """Values that share a scale: a 16-bit scale for 64 values costs 3 % of the bytes, and an outlier
@@ -36,10 +47,23 @@ class Int8Codec:
     def encode(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Rows as bytes."""
         row_bytes = self.row_bytes(hidden_SD.shape[1], hidden_SD.dtype)
+        fused = find_fused(hidden_SD.device, hidden_SD.dtype)
+        if fused is not None:
+            shape = hidden_SD.shape[0], row_bytes
+            data_SR = torch.empty(shape, dtype=torch.uint8, device=hidden_SD.device)
+            if not fused.encode_int8(hidden_SD.detach(), data_SR, GROUP_VALUES, SMALLEST_SCALE):
+                raise not_finite(hidden_SD.dtype, self.name)
+            return data_SR.cpu()
         return encode_rows(hidden_SD, row_bytes, self._encode)
 
     def decode(self, data_SR: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
         """Bytes as rows."""
+        fused = find_fused(data_SR.device, dtype)
+        if fused is not None:
+            shape = data_SR.shape[0], hidden_size
+            rows_SD = torch.empty(shape, dtype=dtype, device=data_SR.device)
+            fused.decode_int8(data_SR, rows_SD, GROUP_VALUES)
+            return rows_SD
         return decode_rows(data_SR, hidden_size, dtype, self._decode)
 
     def _encode(self, rows_SD: torch.Tensor, data_SR: torch.Tensor) -> None:
@@ -50,7 +74,7 @@ class Int8Codec:
         check_finite(scale_SG, rows_SD.dtype, self.name)
         scale_bytes = SCALE_BYTES * scale_SG.shape[1]
         data_SR[:, :scale_bytes] = bfloat16_SG.view(torch.uint8)
-        codes_SGN = grouped_SGN * (LARGEST_CODE / scale_SG).unsqueeze_(2)
+        codes_SGN = grouped_SGN * scale_SG.reciprocal_().mul_(LARGEST_CODE).unsqueeze_(2)
         codes_SD = codes_SGN.round_().view(count, -1)[:, :hidden_size]
         data_SR[:, scale_bytes:].view(torch.int8).copy_(codes_SD)
 
@@ -62,3 +86,19 @@ class Int8Codec:
         grouped_SGN = group_rows(codes_SD, GROUP_VALUES)
         grouped_SGN *= scale_SG.mul_(STEP).unsqueeze_(2)
         store_values(grouped_SGN.view(count, -1)[:, :hidden_size], rows_SD)
+
+
+def find_fused(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """`kernels.triton.int8`, for tensors that it takes, where Triton is; or else none."""
+    if device.type != "cuda":
+        return None
+    fused = _load_fused()
+    return fused if fused is not None and dtype in fused.DTYPES else None
+
+
+@functools.cache
+def _load_fused() -> ModuleType | None:
+    try:
+        return importlib.import_module("kernels.triton.int8")
+    except ImportError:
+        return None

@@ -19,7 +19,7 @@ def encode_int8(row_D: torch.Tensor) -> bytes:
     for part_N in _cut(row_D.to(torch.float32), int8.GROUP_VALUES):
         scale = _round(part_N.abs().max().clamp_min(SMALLEST_SCALE))
         scales += _bfloat16(scale)
-        codes += bytes(int(code) & 255 for code in (part_N * (127 / scale)).round())
+        codes += bytes(int(code) & 255 for code in (part_N * (scale.reciprocal() * 127)).round())
     return scales + codes
 
 
@@ -31,7 +31,7 @@ def encode_dynamic8(row_D: torch.Tensor) -> bytes:
     for part_N in _cut(row_D.to(torch.float32), dynamic8.GROUP_VALUES):
         scale = _round(part_N.abs().max().clamp_min(SMALLEST_SCALE))
         scales += _bfloat16(scale)
-        for value in (part_N * (1 / scale)).to(torch.float16).to(torch.float32):
+        for value in (part_N * scale.reciprocal()).to(torch.float16).to(torch.float32):
             codes += bytes([int((middles < value).sum())])
     return scales + codes
 
@@ -54,7 +54,7 @@ def encode_hadamard(row_D: torch.Tensor, bits: int) -> bytes:
         scale = high if high >= -least else least
         scale = _round(scale if abs(scale) >= SMALLEST_SCALE else torch.tensor(SMALLEST_SCALE))
         scales += _bfloat16(scale)
-        whole_N = (rotated_N * (hadamard.FINENESS / scale)).round()
+        whole_N = (rotated_N * (scale.reciprocal() * hadamard.FINENESS)).round()
         levels = torch.tensor(hadamard.LEVELS[bits], dtype=torch.float64)
         away_NL = whole_N.to(torch.float64)[:, None] / hadamard.FINENESS - levels
         codes = away_NL.abs().argmin(dim=1).tolist()
