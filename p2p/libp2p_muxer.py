@@ -370,7 +370,8 @@ class Muxer(IMuxedConn):
                     self._scope.cancel()
                 self._writing_bytes = self.session.output_bytes
                 try:
-                    await self._conn.write(b"".join(self._take_output()))
+                    for data in self._take_output():
+                        await self._conn.write(data)
                 except Exception:  # a class for each layer below; the connection is gone
                     self._scope.cancel()
                     return
@@ -378,16 +379,21 @@ class Muxer(IMuxedConn):
                 self._drained.unpark_all()
             self._has_output = trio.Event()
 
-    def _take_output(self) -> list[bytes | memoryview]:
+    def _take_output(self) -> list[bytes]:
+        """What is to be written now, a write each.
+
+        The ping that begins a measurement has one of its own: what is written at once is one Noise
+        message, up to 64 KiB of it, and the other side sees nothing of that before it has it all.
+        """
         size_bytes = self.session.output_bytes
         output = self.session.take_output()
         if (values := self._bandwidth.on_write(size_bytes)) is None:
-            return output
+            return [b"".join(output)]
         pings = []
         for value in values:
             self.session.ping(value)
-            pings.append(self.session.take_output())
-        return [*pings[0], *output, *pings[1]]
+            pings.append(b"".join(self.session.take_output()))
+        return [pings[0], b"".join([*output, pings[1]])]
 
     async def _read(self) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 
 from p2p.identity import create_identity
@@ -96,7 +97,10 @@ async def test_a_peer_that_asks_and_never_reads_is_dropped(nursery, monkeypatch)
 
 
 class SlowConnection(Connection):
-    """One end of a connection that carries so many bytes a second, one after the other."""
+    """One end of a connection that carries so many bytes a second, in messages as Noise's are.
+
+    Of a message nothing can be read before all of it has come.
+    """
 
     def __init__(self, bytes_per_s: float) -> None:
         super().__init__()
@@ -105,14 +109,15 @@ class SlowConnection(Connection):
 
     async def write(self, data: bytes) -> None:
         assert self.far is not None
-        for start in range(0, len(data), 4096):
-            piece = data[start : start + 4096]
+        for start in range(0, len(data), MAX_PLAINTEXT_LENGTH):
+            piece = data[start : start + MAX_PLAINTEXT_LENGTH]
             await trio.sleep(len(piece) / self.bytes_per_s)
             await self.far.send.send(piece)
 
 
+@pytest.mark.parametrize("size", [40_000, 70_000, 100_000])
 async def test_it_tells_how_fast_the_connection_is_whatever_the_reader_does(
-    nursery, autojump_clock
+    nursery, autojump_clock, size
 ):
     near, far = SlowConnection(50_000.0), SlowConnection(1e9)
     near.far, far.far = far, near
@@ -123,7 +128,7 @@ async def test_it_tells_how_fast_the_connection_is_whatever_the_reader_does(
     stream = await muxers[0].open_stream()
     await stream.write(b"small")
     assert muxers[0].bytes_per_s is None
-    await stream.write(bytes(100_000))  # which nobody reads
+    await stream.write(bytes(size))  # which nobody reads
     await trio.sleep(10)
     measured = muxers[0].bytes_per_s
     assert measured is not None
