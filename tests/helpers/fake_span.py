@@ -88,6 +88,14 @@ class FakeHostedSpan:
         self._device = trio.Lock()
 
     @property
+    def step_s(self) -> float | None:
+        return None
+
+    @property
+    def token_s(self) -> float | None:
+        return None
+
+    @property
     def queued_tokens(self) -> int:
         return self._device.statistics().tasks_waiting
 
