@@ -227,7 +227,8 @@ def _rotate(values_NT: torch.Tensor) -> torch.Tensor:
     Changes what it is given.
     """
     if values_NT.device.type == "cpu" and values_NT.numel() <= FEW:
-        return torch.from_numpy(_rotate_few(values_NT.numpy()))
+        with np.errstate(all="ignore"):  # of made-up bytes it may be infinity less infinity
+            return torch.from_numpy(_rotate_few(values_NT.numpy()))
     count, columns = values_NT.shape
     other_NT = torch.empty_like(values_NT)
     apart = count // 2

@@ -182,6 +182,19 @@ def test_any_bytes_decode_to_numbers(name: str, dtype: torch.dtype, data: st.Dat
     assert (decoded.dtype, decoded.shape) == (dtype, (count, width))
 
 
+@every_codec
+@pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFE, 0xFF])
+@pytest.mark.parametrize("count", [1, 200])
+def test_the_largest_and_no_numbers_decode_without_a_warning(
+    name: str, byte: int, count: int
+) -> None:
+    codec = find_codec(name)
+    row_bytes = codec.row_bytes(65, torch.float32)
+    data = torch.full((count, row_bytes), byte, dtype=torch.uint8)
+    data[:, ::4] = 0x80  # with 0x7F: infinity in bfloat16
+    assert codec.decode(data, 65, torch.float32).shape == (count, 65)
+
+
 RELATIVE = {"raw": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
