@@ -16,11 +16,12 @@ nothing of the others: perplexity rises by 57 %. So, of each row:
    Blumenberg et al., 2025, arXiv:2505.06653; levels by Lloyd's rounds, with 0 and 1 among them, as
    `tests/kernels/test_codecs_hadamard.py` repeats).
 
-Measured on the way there (12 windows of 512 tokens, 5 hops, float32; more in
-`benchmarks/codecs.py`), as the rise of the perplexity: plain int4 with groups of 32: 57 %;
-NormalFloat levels: 22 %; plain with 4 outliers of each row apart: 9.5 %; NormalFloat levels with
-them: 5.7 %; with outliers, rotation and these levels: 3.1 %, with five bits 0.9 %. The last link,
-whose output meets the head, makes half of all: a step sends one row there.
+Measured on the way there (12 windows of 512 tokens, 5 hops, float32), as the rise of the
+perplexity: plain int4 with groups of 32: 57 %; NormalFloat levels: 22 %; plain with 4 outliers of
+each row apart: 9.5 %; NormalFloat levels with them: 5.7 %; outliers of blocks, rotation and these
+levels: 3.1 % (standard error 0.5); the same with five bits: 0.9 % (0.3). `benchmarks/codecs.py`
+repeats the last two. The last link, whose output meets the head, makes nearly half of it; in
+generation one row of a whole prefill crosses it.
 
 Shapes: S rows, D hidden size, R bytes of an encoded row, T groups of a row, N values of a group,
 B blocks of a row, K outliers of a block.
