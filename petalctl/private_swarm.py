@@ -95,8 +95,13 @@ class PrivateSwarm:
         self.servers: list[DaemonProcess] = []
         self._spans = list(spans)
         self._serve: dict[str, Value] = {"model": self.model, "dtype": dtype, **(serve or {})}
-        # On one machine there is nothing to gain from a codec.
-        self._route: dict[str, Value] = {"models": [self.model], "codec": "raw", **(route or {})}
+        # On one machine there is nothing to gain from codecs.
+        self._route: dict[str, Value] = {
+            "models": [self.model],
+            "codec": "raw",
+            "gradient_codec": "raw",
+            **(route or {}),
+        }
         if threads is not None:
             self._serve["threads"] = self._route["threads"] = threads
         self._links = links

@@ -26,7 +26,6 @@ from kernels.codecs.names import CODECS
 from kernels.weight_formats import WEIGHT_FORMATS
 from p2p.addresses import BadAddress, parse_address
 from p2p.wire.socket_path import SocketPathTooLong, check_socket_path, listen_socket_path
-from p2p.wire.tensor import RAW
 from petald.codec_choice import AUTO, UNASKED_CODECS
 from petald.errors import ConfigError
 from petald.placement import parse_blocks
@@ -364,8 +363,9 @@ class RouteConfig:
         metavar="CODEC",
     )
     gradient_codec: str = _setting(
-        "The same for gradients of hidden states, in training.",
-        default=RAW,
+        "The same for gradients of hidden states, in training. bfloat16 halves them and errs by a "
+        "fifth of a percent; int8, by less than one.",
+        default="bfloat16",
         check=_one_of(AUTO, *CODECS),
         metavar="CODEC",
     )

@@ -16,6 +16,7 @@ import trio
 from kernels.checkpoint import Checkpoint
 from kernels.kv_cache import CacheArena
 from kernels.layer_loader import block_bytes
+from kernels.quant.formats import why_slow
 from kernels.span import Span, load_span
 from kernels.step_graphs import CudaRecorder
 from petald.adapter_store import AdapterStore
@@ -116,6 +117,12 @@ class SpanLoader:
             version=version,
             addresses=addresses,
         )
+
+    def warn_if_slow(self) -> None:
+        """Tells the log where the weight format is slow on this device, and what is better."""
+        sentence = why_slow(self._config.quant, self._dtype, self._device)
+        if sentence:
+            log.warning("slow weight format", quant=self._config.quant, reason=sentence)
 
     def block_bytes(self, block: int) -> int:
         """The memory that a block's weights, and its part of the cache, will take."""

@@ -69,6 +69,7 @@ async def load_serving(
     identity = await trio.to_thread.run_sync(identify_model, config.model)
     own = await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
     loader = SpanLoader(config, identity, executor, adapters=own, speeds=speeds)
+    await trio.to_thread.run_sync(loader.warn_if_slow)
     joining = Joining(loader.describe(VERSION, network.addresses[:16]))
     announcer = Announcer(directory, joining.make_announcement, rng=rng)
     capacity: Capacity | None = None
