@@ -164,9 +164,9 @@ class ServedSession:
         Raises:
             P2PError, in a group: a stream broke, or what came on it was no message.
         """
-        await self._tell(SessionOpened(max_step_tokens=self.state.max_step_tokens))
-        log.debug("session opened", blocks=f"{self.request.start}:{self.request.end}")
         try:
+            await self._tell(SessionOpened(max_step_tokens=self.state.max_step_tokens))
+            log.debug("session opened", blocks=f"{self.request.start}:{self.request.end}")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read, nursery)
                 await self._work(nursery.cancel_scope)

@@ -99,6 +99,7 @@ class Server:
         self._sessions: dict[bytes, ServedSession] = {}
         self._opening: dict[bytes, str] = {}
         self._is_draining = False
+        self._is_paused = False
         self._max_step_bytes = max_step_bytes(
             config.max_step_tokens, hosted.span.config.hidden_size
         )
@@ -126,6 +127,19 @@ class Server:
         """Takes new sessions again."""
         self._is_draining = False
 
+    @property
+    def is_accepting(self) -> bool:
+        """Whether new sessions are taken."""
+        return not (self._is_draining or self._is_paused)
+
+    def pause(self) -> None:
+        """Refuses new sessions until `resume` or `move`, whatever becomes of a drain meanwhile."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Ends what `pause` began."""
+        self._is_paused = False
+
     async def drain(self, *, deadline_s: float, idle_s: float = IDLE_S) -> None:
         """Asks the clients to move their sessions, and waits until they have; refuses new ones.
 
@@ -150,18 +164,12 @@ class Server:
         """
         before = list(self._sessions.values())
         self.hosted, self.adapters = hosted, adapters
-        await self._wait_moved(before, deadline_s, idle_s)
-        await self.end_sessions(before)
+        self._is_paused = False
+        await self._give_up(before, deadline_s, idle_s)
 
-    async def end_sessions(self, sessions: Sequence[ServedSession] | None = None) -> None:
-        """Ends open sessions, all by default, and waits until their room is given back."""
-        leaving = self._sessions.values() if sessions is None else sessions
-        names = [one.request.session for one in leaving if not one.has_ended]
-        async with trio.open_nursery() as nursery:
-            for name in names:
-                nursery.start_soon(self._sessions[name].client.abort)
-        while any(name in self._sessions for name in names):  # noqa: ASYNC110  # as they end
-            await trio.sleep(0.01)
+    async def end_sessions(self, *, deadline_s: float, idle_s: float = IDLE_S) -> None:
+        """Has all open sessions move away, and ends those that have not, as `move` does."""
+        await self._give_up(list(self._sessions.values()), deadline_s, idle_s)
 
     async def serve_session(self, stream: Stream) -> None:
         """Serves one session, from its client's stream."""
@@ -183,6 +191,19 @@ class Server:
                 finally:
                     del self._sessions[name]
                     await session.hosted.close_cache(session.cache)
+
+    async def _give_up(
+        self, sessions: Sequence[ServedSession], deadline_s: float, idle_s: float
+    ) -> None:
+        """Has sessions move away, and ends those that have not; nothing runs on them then."""
+        await self._wait_moved(sessions, deadline_s, idle_s)
+        left = set(sessions).intersection(self._sessions.values())
+        async with trio.open_nursery() as nursery:
+            for session in left:
+                nursery.start_soon(session.client.abort)
+        # Not by their names, under which their clients may open others at once.
+        while not left.isdisjoint(self._sessions.values()):  # noqa: ASYNC110  # as they end
+            await trio.sleep(0.01)
 
     async def _wait_moved(
         self, sessions: Sequence[ServedSession], deadline_s: float, idle_s: float
@@ -232,7 +253,7 @@ class Server:
             raise _RefusedSession("overloaded", str(error), RETRY_AFTER_S) from error
         finally:
             del self._opening[request.session]
-        if self._is_draining or hosted is not self.hosted:  # meanwhile: its client was not told
+        if not self.is_accepting or hosted is not self.hosted:  # meanwhile: its client was not told
             await hosted.close_cache(cache)
             raise _RefusedSession("draining", "this server is leaving the swarm")
         session = ServedSession(
@@ -249,7 +270,7 @@ class Server:
 
     def _admit(self, request: OpenSession, peer: str) -> None:
         span = self.hosted.span
-        if self._is_draining:
+        if not self.is_accepting:
             raise _RefusedSession("draining", "this server is leaving the swarm")
         if request.model != self._fingerprint:
             raise _RefusedSession("model_mismatch", "this server hosts other weights")

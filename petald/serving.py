@@ -98,7 +98,7 @@ class Serving:
         """What is announced."""
         if self._is_between:
             return ServerState.LOADING
-        return ServerState.LEAVING if self.server.is_draining else ServerState.SERVING
+        return ServerState.SERVING if self.server.is_accepting else ServerState.LEAVING
 
     def make_announcement(self) -> Announcement:
         """What this server says of itself now."""
@@ -165,7 +165,8 @@ class Serving:
             deadline_s: for open sessions to be moved by their clients.
 
         Raises:
-            KernelError: the blocks cannot be loaded; the old ones are served on.
+            KernelError: the blocks cannot be loaded; the old ones are served on, unless they were
+                given up before and cannot be loaded again either: then nothing is.
         """
         hosting = prepared
         if hosting is None:
@@ -195,17 +196,22 @@ class Serving:
     async def _load_in_place(
         self, start: int, end: int, on_changed: Callable[[], Awaitable[None]], deadline_s: float
     ) -> Hosting:
-        """Ends all sessions, gives up what the spans do not share, and loads the rest."""
+        """Ends all sessions, gives up what the spans do not share, and loads the rest.
+
+        No sessions are taken until the server moves to what this returns. Should neither these
+        blocks be loaded nor the old ones again, none are any more.
+        """
         old = self.hosting
         before = old.span.start, old.span.end
-        was_draining = self.server.is_draining
+        is_shed = False
         self._is_between = True
+        self.server.pause()
         try:
-            self.server.stop_accepting()
             await on_changed()
-            await self.drain(deadline_s=deadline_s)
-            await self.server.end_sessions()
-            await self._pass_server.end_streams(deadline_s=deadline_s)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(self._pass_server.end_streams, deadline_s=deadline_s))
+                nursery.start_soon(partial(self.server.end_sessions, deadline_s=deadline_s))
+            is_shed = True
             await self._loader.shed(old, start, end)
             try:
                 return await self._loader.load(start, end, beside=old.span)
@@ -213,11 +219,13 @@ class Serving:
                 self.hosting = again = await self._loader.load(*before, beside=old.span)
                 await self.server.move(again.hosted, again.adapters, deadline_s=0)
                 await self._pass_server.move(again.passes, again.adapters, deadline_s=0)
+                self._is_between = False
+                await on_changed()
                 raise
         finally:
             self._is_between = False
-            if not was_draining:
-                self.server.accept_again()
+            if not is_shed:
+                self.server.resume()
 
     async def measure_next_hops(self, router: Router, rng: random.Random) -> None:
         """Measures the way to those servers that a session here is likely to go on to."""

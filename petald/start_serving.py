@@ -133,7 +133,7 @@ def _begin(
         adapters=hosting.adapters,
         fingerprint=identity.fingerprint,
         config=config,
-        is_draining=lambda: server.is_draining,
+        is_draining=lambda: not server.is_accepting,
         codecs=codecs,
     )
     pass_server.start()

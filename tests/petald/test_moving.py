@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import AsyncIterator
@@ -17,16 +18,25 @@ import petald.hosting
 from kernels.checkpoint import Checkpoint
 from kernels.errors import CorruptCheckpoint
 from kernels.span import load_span
+from p2p.errors import P2PError, StreamBroken
 from p2p.rpc import MessageStream
 from p2p.wire.pass_messages import PASS_PROTOCOL, OpenPass, PassOpened
-from p2p.wire.session_messages import Wanted
+from p2p.wire.replies import Refusal
+from p2p.wire.session_messages import (
+    SESSION_PROTOCOL,
+    Leaving,
+    OpenSession,
+    SessionOpened,
+    Wanted,
+)
 from petald.chain_client import ChainSession
 from petald.config import ServeConfig
 from petald.executor import open_executor
-from petald.hosting import SpanLoader
+from petald.hosting import Hosting, SpanLoader
 from petald.local_model import ModelIdentity
 from petald.pass_server import PassServer
 from petald.routing import Hop
+from petald.served_session import ServedSession
 from petald.server import Server
 from petald.serving import Serving
 from petald.speed_cache import SpeedCache
@@ -94,7 +104,7 @@ async def open_mover(
             adapters=hosting.adapters,
             fingerprint=MODEL,
             config=CONFIG,
-            is_draining=lambda: server.is_draining,
+            is_draining=lambda: not server.is_accepting,
         )
         pass_server.start()
         serving = Serving(
@@ -234,6 +244,110 @@ async def test_streams_of_passes_end_and_can_be_opened_for_the_new_blocks(
         after = await ask(2, 4)
         assert isinstance(await after.receive(), PassOpened)
         await after.abort()
+
+
+async def test_who_opens_an_ended_session_again_at_once_does_not_hold_up_the_move(
+    checkpoint: Checkpoint,
+) -> None:
+    request = OpenSession(session=bytes(16), model=MODEL, start=1, end=2, max_tokens=8)
+    async with open_swarm(checkpoint, (0, 4)) as swarm, open_mover(swarm, 0, 2) as mover:
+        has_opened = trio.Event()
+
+        async def keep_open() -> None:
+            while True:
+                stream = await swarm.client.open_stream(mover.peer, SESSION_PROTOCOL)
+                async with MessageStream(stream) as messages:
+                    with contextlib.suppress(P2PError):
+                        await messages.send(request)
+                        while isinstance(await messages.receive(), SessionOpened | Leaving):
+                            has_opened.set()
+
+        swarm.nursery.start_soon(keep_open)
+        await has_opened.wait()
+        with trio.fail_after(10):
+            await mover.move(1, 3, deadline_s=0.2)
+            while not mover.serving.server.sessions:  # noqa: ASYNC110  # it opens one again
+                await trio.sleep(0.01)
+
+
+async def test_a_session_whose_client_went_before_it_began_does_not_hold_up_the_move(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_swarm(checkpoint, (0, 4)) as swarm, open_mover(swarm, 0, 2) as mover:
+        server = mover.serving.server
+        is_telling = trio.Event()
+
+        async def hang(self: ServedSession, message: object) -> None:
+            is_telling.set()
+            await trio.sleep(0.5)
+            raise StreamBroken("the client is gone")
+
+        monkeypatch.setattr(ServedSession, "_tell", hang)
+        request = OpenSession(session=bytes(16), model=MODEL, start=0, end=2, max_tokens=8)
+        stream = MessageStream(await swarm.client.open_stream(mover.peer, SESSION_PROTOCOL))
+        await stream.send(request)
+        await is_telling.wait()
+        with trio.fail_after(10):
+            await mover.move(2, 4, deadline_s=20.0)
+        assert not server.sessions
+
+
+async def test_a_drain_that_begins_during_a_move_is_not_taken_back(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SpanLoader, "has_room", lambda *_, **__: False)
+    async with open_swarm(checkpoint, (0, 4)) as swarm, open_mover(swarm, 0, 2) as mover:
+        server = mover.serving.server
+        load = SpanLoader.load
+
+        async def load_while_the_daemon_stops(*args: Any, **options: Any) -> Hosting:
+            server.stop_accepting()
+            return await load(*args, **options)
+
+        monkeypatch.setattr(SpanLoader, "load", load_while_the_daemon_stops)
+        await mover.move(2, 4)
+        assert server.is_draining
+        assert mover.serving.state == ServerState.LEAVING
+
+
+async def test_taking_back_a_drain_during_a_move_takes_no_sessions_on_what_is_given_up(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SpanLoader, "has_room", lambda *_, **__: False)
+    async with open_swarm(checkpoint, (0, 4)) as swarm, open_mover(swarm, 0, 2) as mover:
+        server = mover.serving.server
+        load = SpanLoader.load
+        answers: list[object] = []
+
+        async def load_while_a_client_comes(*args: Any, **options: Any) -> Hosting:
+            server.accept_again()
+            request = OpenSession(session=bytes(16), model=MODEL, start=1, end=2, max_tokens=8)
+            stream = await swarm.client.open_stream(mover.peer, SESSION_PROTOCOL)
+            async with MessageStream(stream) as messages:
+                await messages.send(request)
+                answers.append(await messages.receive())
+            return await load(*args, **options)
+
+        monkeypatch.setattr(SpanLoader, "load", load_while_a_client_comes)
+        await mover.move(1, 3)
+        assert [type(answer) for answer in answers] == [Refusal]
+        assert server.is_accepting
+
+
+async def test_where_nothing_can_be_loaded_any_more_no_sessions_are_taken(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SpanLoader, "has_room", lambda *_, **__: False)
+    async with open_swarm(checkpoint, (0, 4)) as swarm, open_mover(swarm, 0, 2) as mover:
+
+        def fail(*_: Any, **__: Any) -> Any:
+            raise CorruptCheckpoint("the disk is gone")
+
+        monkeypatch.setattr(petald.hosting, "load_span", fail)
+        with pytest.raises(CorruptCheckpoint):
+            await mover.move(2, 4)
+        assert not mover.serving.server.is_accepting
+        assert mover.serving.state == ServerState.LEAVING
 
 
 async def test_a_claim_is_announced(checkpoint: Checkpoint) -> None:
