@@ -6,6 +6,7 @@ do.
 
 from __future__ import annotations
 
+import traceback
 from typing import ClassVar, NoReturn
 
 
@@ -110,3 +111,12 @@ def raise_alone(group: BaseExceptionGroup[BaseException]) -> NoReturn:
     found = leaves(group)
     plain = [error for error in found if isinstance(error, Exception)]
     raise (plain or found)[0]
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Frees what the frames hold in which an error arose, and its causes; the error stays."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -11,9 +11,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import trio
 
 from kernels.checkpoint import Checkpoint
+from kernels.errors import OutOfDeviceMemory
 from kernels.kv_cache import CacheArena
 from kernels.layer_loader import block_bytes
 from kernels.quant.formats import why_slow
@@ -252,13 +254,19 @@ class SpanLoader:
             )
             if self._device.type == "cuda":
                 span.record_steps(CudaRecorder(self._device))
-            arena = CacheArena(
-                span.config,
-                blocks=end - start,
-                capacity_tokens=self._config.cache_tokens,
-                dtype=span.dtype,
-                device=self._device,
-            )
+            try:
+                arena = CacheArena(
+                    span.config,
+                    blocks=end - start,
+                    capacity_tokens=self._config.cache_tokens,
+                    dtype=span.dtype,
+                    device=self._device,
+                )
+            except torch.OutOfMemoryError as error:
+                raise OutOfDeviceMemory(
+                    f"{self._device} has no memory for the cache of {end - start} blocks; "
+                    "set [serve] cache_tokens lower"
+                ) from error
             return span, arena
 
         async def set_when_cancelled() -> None:

@@ -13,6 +13,7 @@ from kernels.errors import KernelError
 from p2p.network import Network
 from petald.config import ServeConfig
 from petald.devices import dtype_name
+from petald.errors import forget_frames
 from petald.hosting import Hosting, SpanLoader
 from petald.local_model import ModelIdentity
 from petald.log import get_logger
@@ -215,7 +216,8 @@ class Serving:
             await self._loader.shed(old, start, end)
             try:
                 return await self._loader.load(start, end, beside=old.span)
-            except KernelError:
+            except KernelError as error:
+                forget_frames(error)  # they hold what was loaded, and there may be no room for both
                 self.hosting = again = await self._loader.load(*before, beside=old.span)
                 await self.server.move(again.hosted, again.adapters, deadline_s=0)
                 await self._pass_server.move(again.passes, again.adapters, deadline_s=0)

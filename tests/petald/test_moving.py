@@ -16,8 +16,8 @@ import trio
 
 import petald.hosting
 from kernels.checkpoint import Checkpoint
-from kernels.errors import CorruptCheckpoint
-from kernels.span import load_span
+from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
+from kernels.span import Span, load_span
 from p2p.errors import P2PError, StreamBroken
 from p2p.rpc import MessageStream
 from p2p.wire.pass_messages import PASS_PROTOCOL, OpenPass, PassOpened
@@ -348,6 +348,47 @@ async def test_where_nothing_can_be_loaded_any_more_no_sessions_are_taken(
             await mover.move(2, 4)
         assert not mover.serving.server.is_accepting
         assert mover.serving.state == ServerState.LEAVING
+
+
+async def test_half_of_the_new_blocks_are_not_held_while_the_old_ones_are_loaded_again(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Span]] = []
+    is_held: list[bool] = []
+
+    def fail(checkpoint: Checkpoint, start: int, end: int, **options: Any) -> Any:
+        if start != 2:
+            gc.collect()
+            is_held.extend(span() is not None for span in held)
+            return load_span(checkpoint, start, end, **options)
+        span = load_span(checkpoint, start, end, **options)
+        held.append(weakref.ref(span))
+        try:
+            raise torch.OutOfMemoryError("no room")
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory("no room") from error
+
+    async with open_swarm(checkpoint, (0, 4)) as swarm, open_mover(swarm, 0, 2) as mover:
+        monkeypatch.setattr(petald.hosting, "load_span", fail)
+        monkeypatch.setattr(SpanLoader, "has_room", lambda *_, **__: False)
+        with pytest.raises(OutOfDeviceMemory):
+            await mover.move(2, 4)
+        assert is_held == [False]
+        assert mover.announced[-1].state == ServerState.SERVING
+
+
+async def test_no_room_for_the_cache_is_told_as_no_room_for_blocks_is(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_swarm(checkpoint, (0, 4)) as swarm, open_mover(swarm, 0, 2) as mover:
+
+        def fail(*_: Any, **__: Any) -> Any:
+            raise torch.OutOfMemoryError("no room")
+
+        monkeypatch.setattr(petald.hosting, "CacheArena", fail)
+        monkeypatch.setattr(SpanLoader, "has_room", lambda *_, **__: True)
+        with pytest.raises(OutOfDeviceMemory, match="cache_tokens"):
+            await mover.move(2, 4)
 
 
 async def test_a_claim_is_announced(checkpoint: Checkpoint) -> None:
