@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from bisect import bisect_right
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import IO
 
@@ -49,7 +51,11 @@ class HistoryStore:
 
 @dataclass(eq=False, slots=True)
 class _Part:
-    """Rows of one dtype and codec."""
+    """Rows of one dtype and codec.
+
+    Attributes:
+        offset: where they begin in the history's file; none where they are in memory.
+    """
 
     dtype: str
     codec: str
@@ -58,15 +64,21 @@ class _Part:
     start: int
     rows: int = 0
     memory: bytearray = field(default_factory=bytearray)
-    file: IO[bytes] | None = None
+    offset: int | None = None
 
 
 class InputHistory:
-    """A `petald.session_actions.History` of wire tensors; made by `HistoryStore.open`."""
+    """A `petald.session_actions.History` of wire tensors; made by `HistoryStore.open`.
+
+    What goes to a file goes to one, however often the codec changes: a peer may change it at every
+    step, and files are few.
+    """
 
     def __init__(self, store: HistoryStore) -> None:
         self._store = store
         self._parts: list[_Part] = []
+        self._file: IO[bytes] | None = None
+        self._file_bytes = 0
 
     @property
     def rows(self) -> int:
@@ -109,62 +121,72 @@ class InputHistory:
             part.rows = kept
             if not freed:
                 return
-            if part.file is not None:
+            if part.offset is not None:
                 self._store.spilled_bytes -= freed
+                self._file_bytes -= freed
             else:
                 del part.memory[kept * part.row_bytes :]
                 self._store.memory_bytes -= freed
 
     def read(self, start: int, end: int) -> WireTensor:
         """Rows from ``start`` on, up to ``end`` or to where their dtype or codec changes."""
-        part = next(part for part in reversed(self._parts) if part.start <= start)
+        part = self._parts[bisect_right(self._parts, start, key=attrgetter("start")) - 1]
         count = min(end - start, part.rows - (start - part.start))
         if count < 1:
             raise ValueError(f"rows {start}:{end} are not in a history of {self.rows}")
         first = (start - part.start) * part.row_bytes
         size = count * part.row_bytes
-        if part.file is not None:
-            data = os.pread(part.file.fileno(), size, first)
+        if part.offset is not None:
+            assert self._file is not None
+            data = os.pread(self._file.fileno(), size, part.offset + first)
         else:
             data = bytes(memoryview(part.memory)[first : first + size])
         return WireTensor(part.dtype, (count, part.hidden_size), data, part.codec)
 
     def close(self) -> None:
-        """Gives back memory and files."""
+        """Gives back memory and the file."""
         while self._parts:
             self._drop(self._parts.pop())
+        if self._file is not None:  # what was to be its first part could not be written
+            self._file.close()
+            self._file = None
 
     def _write(self, part: _Part, data: bytes | memoryview) -> None:
         store = self._store
-        at = part.rows * part.row_bytes
-        if part.file is None and not store.has_room(len(data)):
-            part.file = self._spill(part.memory)
-            store.memory_bytes -= len(part.memory)
-            store.spilled_bytes += len(part.memory)
-            part.memory = bytearray()
-        if part.file is None:
+        if part.offset is None and not store.has_room(len(data)):
+            self._spill(part)
+        if part.offset is None:
             part.memory += data
             store.memory_bytes += len(data)
         else:
-            _write_all(part.file, data, at)
-            store.spilled_bytes += len(data)
+            self._write_to_file(data)
 
-    def _spill(self, memory: bytearray) -> IO[bytes]:
-        file = self._store.make_file()
-        try:
-            _write_all(file, memory, 0)
-        except OSError:
-            file.close()  # the rows are where they were
-            raise
-        return file
+    def _spill(self, part: _Part) -> None:
+        """Moves the last part from memory to the end of the file."""
+        offset = self._file_bytes
+        self._write_to_file(part.memory)
+        part.offset = offset
+        self._store.memory_bytes -= len(part.memory)
+        part.memory = bytearray()
+
+    def _write_to_file(self, data: bytes | bytearray | memoryview) -> None:
+        if self._file is None:
+            self._file = self._store.make_file()
+        _write_all(self._file, data, self._file_bytes)  # or what was there stays as it was
+        self._file_bytes += len(data)
+        self._store.spilled_bytes += len(data)
 
     def _drop(self, part: _Part) -> None:
+        """Gives back what the last part held, which is the end of the file if it is there."""
         size = part.rows * part.row_bytes
-        if part.file is None:
+        if part.offset is None:
             self._store.memory_bytes -= size
-        else:
-            part.file.close()
-            self._store.spilled_bytes -= size
+            return
+        self._store.spilled_bytes -= size
+        self._file_bytes = part.offset
+        if self._file is not None and not part.offset:
+            self._file.close()
+            self._file = None
 
 
 def _write_all(file: IO[bytes], data: bytes | bytearray | memoryview, offset: int) -> None:

@@ -87,6 +87,19 @@ def test_what_does_not_fit_into_memory_goes_to_a_file_without_a_name(tmp_path: P
     history.close()
 
 
+def test_a_codec_that_changes_at_every_step_takes_one_file() -> None:
+    files = len(os.listdir("/proc/self/fd"))
+    store = HistoryStore(limit_bytes=100)
+    history = store.open()
+    for value in range(100):
+        history.append(make_rows(value % 3, [value]))
+    assert store.spilled_bytes > 800
+    assert len(os.listdir("/proc/self/fd")) == files + 1
+    assert bytes(history.read(50, 51).data) == bytes([50] * 6)
+    history.truncate(0)
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
 def test_rows_that_are_not_there_are_not_read() -> None:
     history = HistoryStore(limit_bytes=100).open()
     history.append(make_rows(0, [1]))
