@@ -443,10 +443,11 @@ class ServedSession:
                 end=self.request.end,
                 peer=self.client.remote_peer,
             )
+            output = await self._make_output(step, timed.value, _add_time(step, timed))
         self.state.on_done(number=step.number, position=step.position, tokens=hidden_SD.shape[0])
         if self.previous != previous:  # meanwhile: the step may have been the other one's
             self.state.on_new_previous()
-        return await self._make_output(step, timed.value, _add_time(step, timed))
+        return output
 
     async def _make_output(
         self, step: Step, output_SD: torch.Tensor, times: tuple[HopTime, ...]

@@ -22,7 +22,7 @@ from trio.testing import wait_all_tasks_blocked
 import p2p.memory_network
 import p2p.pipe
 from kernels.checkpoint import Checkpoint
-from kernels.errors import KernelError
+from kernels.errors import KernelError, NotFinite
 from kernels.kv_cache import CacheArena
 from kernels.span import load_span
 from p2p.errors import P2PError, StreamBroken
@@ -47,6 +47,7 @@ from p2p.wire.session_messages import (
     ProbeReply,
     SessionOpened,
     Step,
+    StepFailed,
     StepOutput,
     StepResult,
     Wanted,
@@ -253,6 +254,29 @@ def narrow_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams of little room, so that what is not read is soon felt."""
     monkeypatch.setattr(p2p.pipe, "WINDOW_BYTES", 1024)
     monkeypatch.setattr(p2p.memory_network, "PIECES_UNDER_WAY", 2)
+
+
+async def test_a_step_whose_output_cannot_be_written_was_not_done(autojump_clock):
+    async with open_world() as world:
+        codecs = world.host.server.codecs
+        encode = codecs.encode
+        opened = await world.open()
+        await opened.send(make_step(1, 0, [1, 2]))
+        first = await opened.wait_result(1)
+
+        async def fail(*_: Any, **__: Any) -> WireTensor:
+            raise NotFinite("a number is too large for the codec")
+
+        codecs.encode = fail  # type: ignore[method-assign]
+        await opened.send(make_step(2, 2, [3]))
+        failed = await opened.stream.receive()
+        assert isinstance(failed, StepFailed)
+        assert (failed.number, failed.code) == (2, NotFinite.code)
+        codecs.encode = encode  # type: ignore[method-assign]
+        await opened.send(make_step(2, 2, [3]))
+        with trio.fail_after(5):
+            assert first + await opened.wait_result(2) == await expected_rows([1, 2, 3])
+        assert world.host.cached_tokens(opened.session) == (3, 3)
 
 
 # A cache that is handed over.
