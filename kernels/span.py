@@ -150,9 +150,8 @@ class Span:
         if self._graphs is not None and not adapters and self._graphs.takes(places):
             try:
                 return self._graphs.run(hidden_SD, positions, places, arena, blocks)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # the class of all that CUDA refuses
+            # The class of all that CUDA refuses; for a graph's own memory there may be no room.
+            except RuntimeError as error:
                 self._graphs, self.graphs_failure = None, str(error)
         for index in range(*blocks):
             cache_KTH = arena.keys_KTH[index], arena.values_KTH[index]

@@ -123,13 +123,16 @@ def test_prefills_and_large_batches_are_not_recorded(tmp_path: Path) -> None:
     assert record.replays == 0
 
 
-def test_what_cannot_be_recorded_is_run_as_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error_class", [RuntimeError, torch.OutOfMemoryError])
+def test_what_cannot_be_recorded_is_run_as_before(
+    tmp_path: Path, error_class: type[RuntimeError]
+) -> None:
     checkpoint = Checkpoint(save_model(make_model("llama"), tmp_path))
     span = load(checkpoint)
     expected_SD = decode(span, [1])
 
     def record(work: Callable[[], None]) -> Callable[[], None]:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise error_class("operation not permitted when stream is capturing")
 
     span.record_steps(record)
     assert torch.equal(decode(span, [1]), expected_SD)
