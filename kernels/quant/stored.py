@@ -188,9 +188,10 @@ def _read_state(parts: _Parts) -> Mapping[str, Any]:
 
 def _read_offset(parts: _Parts, state: Mapping[str, Any]) -> torch.Tensor:
     offset = state.get("nested_offset")
-    if not isinstance(offset, float) or not math.isfinite(offset):
+    number = torch.tensor(offset if isinstance(offset, float) else math.nan, dtype=torch.float32)
+    if not torch.isfinite(number):
         raise parts.wrong("weight.quant_state", f"has the offset {offset!r:.40}; a number was due")
-    return torch.tensor(offset, device=parts.device)
+    return number.to(parts.device)
 
 
 def _read_int4(parts: _Parts) -> Int4Weights:

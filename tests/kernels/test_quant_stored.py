@@ -256,6 +256,7 @@ BROKEN: list[tuple[Callable[[], Tensors], str, torch.Tensor | None]] = [
     (nf4_tensors, STATE, pack_state(quant_type="fp4")),
     (nf4_tensors, STATE, pack_state(nested_offset=float("nan"))),
     (nf4_tensors, STATE, pack_state(nested_offset=10**400)),
+    (nf4_tensors, STATE, pack_state(nested_offset=1e300)),
     (nf4_tensors, STATE, pack_state(nested_offset="0.2")),
     (nf4_tensors, "X.weight", torch.zeros(255, 1, dtype=torch.uint8)),
     (nf4_tensors, "X.weight", torch.zeros(256, 1, dtype=torch.int64)),
