@@ -42,10 +42,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """What is free on the device now."""
+    """What is free on the device now, with what torch keeps for later of what it has freed."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
