@@ -84,10 +84,11 @@ def quantise_int4(weight_OI: torch.Tensor, dtype: torch.dtype = torch.float32) -
 
     Args:
         weight_OI: of a width that `takes_int4`, in any floating-point dtype.
-        dtype: that scales and centres will be rounded to. Codes are made with the rounded ones, so
-            that it costs nothing.
+        dtype: of the activations. If it is bfloat16, scales and centres will be rounded to it;
+            codes are made with the rounded ones, so that it costs nothing.
     """
     rows, width = weight_OI.shape
+    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     device = weight_OI.device
     codes_OI = torch.empty(rows, width // 2, dtype=torch.uint8, device=device)
     scales_OG = torch.empty(rows, width // GROUP_SIZE, device=device)
@@ -99,8 +100,8 @@ def quantise_int4(weight_OI: torch.Tensor, dtype: torch.dtype = torch.float32) -
             weight_OI[part].to(torch.float32, copy=True).view(-1, width // GROUP_SIZE, GROUP_SIZE)
         )
         low, high = torch.aminmax(weight, dim=2)
-        scales = ((high - low) / LARGEST_CODE).to(dtype).float()
-        centres = (low + MIDDLE_CODE * scales).to(dtype).float()
+        scales = ((high - low) / LARGEST_CODE).to(kept).float()
+        centres = (low + MIDDLE_CODE * scales).to(kept).float()
         scales_OG[part], centres_OG[part] = scales, centres
         inverse = torch.where(scales > 0, scales.reciprocal(), 0.0)
         weight.sub_(centres[..., None]).mul_(inverse[..., None]).add_(MIDDLE_CODE).round_()

@@ -73,10 +73,11 @@ def quantise_int8(weight_OI: torch.Tensor, dtype: torch.dtype = torch.float32) -
 
     Args:
         weight_OI: in any floating-point dtype; a part of it at a time is widened.
-        dtype: that the scales will be rounded to. Codes are made with the rounded ones, so that it
-            costs nothing.
+        dtype: of the activations. If it is bfloat16, the scales will be rounded to it; codes are
+            made with the rounded ones, so that it costs nothing.
     """
     rows, width = weight_OI.shape
+    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     codes_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
     scales_O = torch.empty(rows, device=weight_OI.device)
     step = max(1, _QUANTISED_AT_ONCE // width)
@@ -85,7 +86,7 @@ def quantise_int8(weight_OI: torch.Tensor, dtype: torch.dtype = torch.float32) -
         weight_TI = weight_OI[part].to(torch.float32, copy=True)
         low_T, high_T = torch.aminmax(weight_TI, dim=1)
         scales_T = torch.maximum(-low_T, high_T).div_(LARGEST_CODE)
-        scales_T = torch.where(scales_T > 0, scales_T, 1.0).to(dtype).float()
+        scales_T = torch.where(scales_T > 0, scales_T, 1.0).to(kept).float()
         scales_O[part] = scales_T
         codes_TI = weight_TI.mul_(scales_T.reciprocal()[:, None]).round_()
         codes_OI[part] = codes_TI.clamp_(-LARGEST_CODE, LARGEST_CODE)

@@ -56,6 +56,15 @@ def test_every_number_of_rows_gives_the_plain_product(
     assert_near(multiply_back(matrix, gradient), gradient.double() @ plain)
 
 
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_weights_are_as_exact_as_others(quant: str, dtype: torch.dtype) -> None:
+    weight = 1e-7 * random(48, 128)
+    _, matrix = make(quant, weight, dtype)
+    away = dequantise(matrix, torch.float64) - weight
+    assert away.square().mean().sqrt() < WEIGHT_ERROR[quant] * 1e-7
+
+
 @pytest.mark.parametrize("quant", FORMATS)
 def test_matrices_side_by_side_are_those_alone(quant: str) -> None:
     form = FORMATS[quant]
