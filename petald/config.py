@@ -229,10 +229,22 @@ class NetworkConfig:
 class ServeConfig:
     """Hosting blocks of a model for others."""
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything is to be served."""
+        return bool(self.model or self.models)
+
     model: str = _setting(
         "The model to serve: a name in the store, or a folder. Empty: serve nothing.",
         default="",
         check=_check_nothing,
+        metavar="NAME",
+    )
+    models: tuple[str, ...] = _setting(
+        "Models to choose from, in place of one model: at its start the server takes the one that "
+        "most needs it.",
+        default=(),
+        check=_check_names,
         metavar="NAME",
     )
     blocks: str = _setting(
@@ -444,14 +456,28 @@ def parse_arguments(arguments: Sequence[str]) -> Config:
             _check(setting, value, flag)
             values[section][setting.name] = value
     config = Config(**{name: cls(**values[name]) for name, cls in _SECTIONS.items()})
-    if not config.serve.model and config.serve.blocks != ANY_BLOCKS:
-        raise ConfigError(
-            f"[serve] blocks is {config.serve.blocks}, but no model is given; set [serve] model too"
-        )
+    _check_together(config.serve)
     if args.print_config:
         sys.stdout.write(format_config(config))
         sys.exit(0)
     return config
+
+
+def _check_together(serve: ServeConfig) -> None:
+    """Refuses settings that exclude each other."""
+    if serve.model and serve.models:
+        raise ConfigError(
+            "[serve] model and models are both set; name the one model to serve, or those to "
+            "choose from"
+        )
+    if serve.models and serve.blocks != ANY_BLOCKS:
+        raise ConfigError(
+            '[serve] models are chosen from with blocks = "auto"; set model where blocks are given'
+        )
+    if not serve.is_wanted and serve.blocks != ANY_BLOCKS:
+        raise ConfigError(
+            f"[serve] blocks is {serve.blocks}, but no model is given; set [serve] model too"
+        )
 
 
 def load_settings(path: Path) -> dict[str, dict[str, Any]]:

@@ -68,7 +68,7 @@ async def run_daemon(config: Config) -> None:
 def _measure_codecs(config: Config) -> dict[str, dict[str, CodecCost]]:
     """What codecs cost where this daemon has hidden states, by the kind of device."""
     devices = {"cpu"}
-    if config.serve.model:
+    if config.serve.is_wanted:
         devices.add(parse_device(config.serve.device).type)
     return {name: measure_codecs(torch.device(name)) for name in devices}
 
@@ -97,7 +97,7 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
             executor=local_executor,
         )
         serving: Serving | None = None
-        if config.serve.model:
+        if config.serve.is_wanted:
             serving, announcer = await load_serving(
                 config.serve,
                 network=network,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -11,7 +12,7 @@ import trio
 from p2p.directory import Directory
 from p2p.network import Network
 from petald.announcer import Announcer
-from petald.block_load import Capacity
+from petald.block_load import Capacity, read_load
 from petald.config import ANY_BLOCKS, ServeConfig
 from petald.errors import ConfigError
 from petald.executor import Executor
@@ -19,6 +20,7 @@ from petald.hosted_adapters import HostedAdapter, read_adapters
 from petald.hosting import Hosting, SpanLoader
 from petald.joining import Joining, choose_first_span
 from petald.local_model import ModelIdentity, identify_model
+from petald.log import get_logger
 from petald.message_codecs import MessageCodecs
 from petald.move_actions import MoveSettings
 from petald.mover import Mover
@@ -28,7 +30,10 @@ from petald.placement import parse_blocks
 from petald.router import Router
 from petald.server import Server
 from petald.serving import VERSION, Serving
+from petald.span_choice import ModelOffer, choose_model
 from petald.speed_cache import SpeedCache
+
+log = get_logger(__name__)
 
 
 async def load_serving(
@@ -66,6 +71,8 @@ async def load_serving(
 
     Cancellation: loading ends after the block that is being read.
     """
+    if config.models:
+        config = await _choose_model(config, network, router, executor, speeds, rng)
     identity = await trio.to_thread.run_sync(identify_model, config.model)
     own = await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
     loader = SpanLoader(config, identity, executor, adapters=own, speeds=speeds)
@@ -106,6 +113,44 @@ async def load_serving(
         )
         nursery.start_soon(mover.run)
     return serving, announcer
+
+
+async def _choose_model(
+    config: ServeConfig,
+    network: Network,
+    router: Router,
+    executor: Executor,
+    speeds: SpeedCache,
+    rng: random.Random,
+) -> ServeConfig:
+    """The configuration with the model that most needs this server, of those it may choose from.
+
+    Raises:
+        ConfigError: one of them is not here, or not a block of any of them fits.
+        KernelError: one cannot be read.
+    """
+    offers = {}
+    refusal: ConfigError | None = None
+    for name in config.models:
+        identity = await trio.to_thread.run_sync(identify_model, name)
+        loader = SpanLoader(config, identity, executor, speeds=speeds)
+        try:
+            fit = loader.count_fitting()
+        except ConfigError as error:
+            refusal = error
+            continue
+        speed = await loader.find_speed()
+        view = await router.read_view(identity, max_age_s=0.0)
+        offers[name] = ModelOffer(
+            load=read_load(view, own=network.peer),
+            capacity=Capacity(fit=fit, block_steps_per_s=1 / speed.step_s),
+        )
+    chosen = choose_model(offers, rng=rng)
+    if chosen is None:
+        assert refusal is not None
+        raise refusal
+    log.info("model chosen", model=chosen, of=",".join(config.models))
+    return replace(config, model=chosen, models=())
 
 
 def _begin(

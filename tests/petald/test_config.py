@@ -109,6 +109,9 @@ def test_repeated_flags_make_a_list_and_replace_the_files(tmp_path):
         ('[daemon]\nlog_format = "xml"\n', ['"json"']),
         ('[serve]\nmodel = "m"\nblocks = "10:10"\n', ["START:END", "'10:10'"]),
         ('[serve]\nblocks = "0:10"\n', ["no model is given"]),
+        ('[serve]\nquant = "int5"\n', ["int5", "nf4"]),
+        ('[serve]\ncodec = "hadamard4"\n', ["hadamard4", "int8"]),
+        ('[route]\ncodec = "zip"\n', ["zip", "hadamard5"]),
         ('[serve]\ndtype = "int8"\n', ['"bfloat16"']),
         ('[serve]\ndevice = "gpu"\n', ['"cuda:1"']),
         ("[serve]\ncache_tokens = 0\n", ["at least 1"]),
@@ -186,3 +189,17 @@ def test_command_ends_with_2_and_one_line_on_a_bad_flag():
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1
     assert "--serve-blocks" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[serve]\nmodel = "m"\nmodels = ["n"]\n', "both set"),
+        ('[serve]\nmodels = ["m", "n"]\nblocks = "0:10"\n', "set model where blocks"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(
+    tmp_path: Path, text: str, expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        parse_file(tmp_path, text)

@@ -1,0 +1,125 @@
+"""Starting to serve, in memory: which model, which blocks, and what is announced on the way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from p2p.directory import Directory
+from p2p.memory_network import MemoryHub, open_memory_hub
+from petald.announcer import Announcer
+from petald.config import RouteConfig, ServeConfig
+from petald.errors import ConfigError
+from petald.executor import open_executor
+from petald.local_model import identify_model
+from petald.message_codecs import MessageCodecs
+from petald.router import Router
+from petald.serving import Serving
+from petald.speed_cache import SpeedCache
+from petald.start_serving import load_serving
+from petald.swarm import Announcement, ServerState, directory_key
+from tests.helpers.tiny_models import make_model, save_model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: save_model(make_model(name), tmp_path_factory.mktemp(name))
+        for name in ("llama", "qwen2")
+    }
+
+
+CONFIG = ServeConfig(cache_tokens=256, memory_bytes=1 << 30)
+
+
+@asynccontextmanager
+async def start(
+    hub: MemoryHub, config: ServeConfig, folder: Path
+) -> AsyncIterator[tuple[Serving, Announcer]]:
+    network = hub.make_network()
+    directory = Directory(network)
+    router = Router(network, directory, RouteConfig())
+    async with open_executor(name="cpu") as executor, trio.open_nursery() as nursery:
+        yield await load_serving(
+            config,
+            network=network,
+            directory=directory,
+            router=router,
+            codecs=MessageCodecs(network),
+            executor=executor,
+            speeds=SpeedCache(folder),
+            rng=random.Random(0),
+            nursery=nursery,
+        )
+        nursery.cancel_scope.cancel()
+
+
+async def announce(hub: MemoryHub, folder: Path) -> None:
+    """Somebody serves all of a model."""
+    model = identify_model(str(folder))
+    said = Announcement(
+        model=model.fingerprint,
+        start=0,
+        end=model.config.num_blocks,
+        state=ServerState.SERVING,
+        step_ms=1.0,
+        cache_tokens=100,
+        free_cache_tokens=100,
+        dtype="float32",
+    )
+    directory = Directory(hub.make_network())
+    await directory.publish(directory_key(model.fingerprint), said.encode(), ttl_s=60.0, sequence=1)
+
+
+@pytest.mark.parametrize("served", ["llama", "qwen2"])
+async def test_of_several_models_the_one_that_needs_it_is_taken(
+    folders: dict[str, Path], tmp_path: Path, served: str
+) -> None:
+    (wanted,) = set(folders) - {served}
+    config = replace(CONFIG, models=tuple(map(str, folders.values())))
+    async with open_memory_hub() as hub:
+        await announce(hub, folders[served])
+        async with start(hub, config, tmp_path) as (serving, _):
+            assert serving.identity.folder == folders[wanted]
+            span = serving.hosting.span
+            assert (span.start, span.end) == (0, 4)  # all of it fits
+            assert serving.make_announcement().state == ServerState.SERVING
+
+
+async def test_where_not_a_block_fits_it_is_said_so(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = replace(CONFIG, models=tuple(map(str, folders.values())), memory_bytes=1000)
+    async with open_memory_hub() as hub:
+        with pytest.RaisesGroup(pytest.RaisesExc(ConfigError, match="not one block")):
+            async with start(hub, config, tmp_path):
+                pass
+
+
+async def test_a_span_is_announced_as_claimed_while_it_is_loaded(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Announcement] = []
+    publish = Announcer.publish
+
+    async def keep(announcer: Announcer) -> int:
+        said.append(announcer._make())
+        return await publish(announcer)
+
+    monkeypatch.setattr(Announcer, "publish", keep)
+    config = replace(CONFIG, model=str(folders["llama"]), blocks="1:3")
+    async with open_memory_hub() as hub, start(hub, config, tmp_path):
+        states = [one.state for one in said]
+        assert states[0] == ServerState.LOADING
+        assert states[-1] == ServerState.SERVING
+        assert said[0].claim is not None
+        assert (said[0].claim.start, said[0].claim.end) == (1, 3)
+        assert said[-1].claim is None
+        assert said[-1].step_ms > 0
+        assert said[-1].prefill_ms > 0
