@@ -59,12 +59,14 @@ class MoveSettings:
         suppress_s: within this time most others see a new claim and give up theirs; the unit of
             the delays by chance before a claim.
         look_s: between a claim and the first look at whether another was before it.
-        cost_horizon_s: a move must have earned what it costs within this time. Churn of a third
-            an hour undoes the best placement within some quarter of an hour.
         drain_s: the cost of any move, as time of the server: sessions move to others.
-        load_block_s: to load one block, of those that are new.
-        min_gain: what the swarm must gain beside, in parts of what this server contributes.
+        load_block_s: to load one block, of those that are new; also a cost.
+        foresight_s: a gain is expected to last so long at least, from when it is seen first.
+        min_gain: what the swarm must gain, in parts of what this server contributes; where it is
+            less the gains of all together are not worth their moves.
         rest_s: after a move, until the next one that is not urgent.
+        hourly: moves that are not urgent, in an hour, in the long run.
+        burst: of them may come in a row; a swarm that has just started needs more.
         patience_s: a claim that could not be carried out for so long is withdrawn.
     """
 
@@ -72,11 +74,13 @@ class MoveSettings:
     urgent_known_s: float = 10.0
     suppress_s: float = 3.0
     look_s: float = 10.0
-    cost_horizon_s: float = 900.0
-    drain_s: float = 30.0
+    drain_s: float = 15.0
     load_block_s: float = 5.0
-    min_gain: float = 0.3
-    rest_s: float = 900.0
+    foresight_s: float = 300.0
+    min_gain: float = 0.02
+    rest_s: float = 300.0
+    hourly: float = 1.0
+    burst: int = 2
     patience_s: float = 600.0
 
 

@@ -26,6 +26,12 @@ by chance from 0 to 1. Of N servers that see the same weakness about one has cla
 ``suppress_s``, and twice as many as before after each further one; so however many there are, those
 that act before they see the others act are not many more than are needed.
 
+When a move is worth it is a matter of ski rental (Karlin, Manasse, Rudolph, Sleator: Competitive
+snoopy caching, Algorithmica 3, 1988): nobody knows for how long a gain would last, for others come,
+go and move too. A move is made when what the server has forgone by staying, and what it would gain
+within ``foresight_s``, add up to what it costs. So great gains are taken at once, small ones only
+in a swarm that is quiet, and what is forgone in vain is at most about what the moves cost.
+
 Invariant: nobody switches away from a block unless another server serves it that has no claim to
 leave it, in a view read at least ``known_s`` after the own claim was announced. If every claim is
 in every view that is read ``known_s`` later, then no set of servers can leave a block empty: the
@@ -52,11 +58,14 @@ from petald.move_actions import (
     StartMove,
     WithdrawClaim,
 )
-from petald.span_scores import SpanScores, score_spans
+from petald.span_scores import SpanScores, gain_limit, score_spans
 from petald.swarm import Booleans, Floats
 
 SPARE, URGENT_SPARE = 1, 2
 """So many other servers must stay on a block that is left."""
+
+MOST_BETWEEN_LOOKS_S = 60.0
+"""A gain counts as forgone for no longer before a look than views are apart: it may be newer."""
 
 
 class MoveState(Enum):
@@ -107,6 +116,9 @@ class MovePlanner:
         self._known_at = math.inf
         self._until = math.inf
         self._rested_at = now
+        self._spent_until = now
+        self._forgone_s = 0.0
+        self._looked_at = now
         self._counts = MoveCounts()
 
     @property
@@ -183,6 +195,7 @@ class MovePlanner:
         if self._state is MoveState.SWITCHING:
             urgent = self._counts.urgent_moves + self._is_urgent
             self._counts = replace(self._counts, moves=self._counts.moves + 1, urgent_moves=urgent)
+            self._spend(now)
         self._span = (start, end)
         self._rest(now + self._settings.rest_s)
 
@@ -191,9 +204,17 @@ class MovePlanner:
         self._counts = replace(self._counts, failed=self._counts.failed + 1)
         self._rest(now + self._settings.rest_s)
 
+    def _spend(self, now: float) -> None:
+        """Counts a move: each takes up its part of an hour, and ``burst`` of them may be ahead."""
+        settings = self._settings
+        part_s = 3600.0 / settings.hourly
+        self._spent_until = max(self._spent_until, now) + part_s
+        self._rested_at = max(self._rested_at, self._spent_until - (settings.burst - 1) * part_s)
+
     def _rest(self, rested_at: float) -> None:
         self._state, self._target, self._deadline = MoveState.RESTING, self._span, None
         self._rested_at = max(self._rested_at, rested_at)
+        self._forgone_s = 0.0
 
     # The states.
 
@@ -243,10 +264,7 @@ class MovePlanner:
         if self._is_urgent:
             return scores.newly_covered(*self._target) > scores.newly_covered(*self._span)
         gain = (scores.worth(*self._target) - scores.worth(*self._span)) / scores.share
-        if self._state is not MoveState.CLAIMED:
-            return gain > 0
-        start, end = self._target
-        return gain > float(self._cost(scores)[end - start - 1, start])
+        return gain > (self._settings.min_gain if self._state is MoveState.CLAIMED else 0.0)
 
     def _can_leave(self, load: BlockLoad, now: float) -> bool:
         """Whether enough others stay on every block that is left."""
@@ -269,24 +287,40 @@ class MovePlanner:
 
     def _choose(self, load: BlockLoad, now: float) -> tuple[tuple[int, int], bool] | None:
         """The best span to move to, and whether that is urgent; None: stay."""
-        scores = self._score(load)
         start, end = self._span
-        covers_now = scores.newly_covered(start, end)
-        covers_more_WS = scores.newly_covered_WS > covers_now
+        is_whole = bool(load.planned_L[:start].all() and load.planned_L[end:].all())
+        settings = self._settings
+        if is_whole and now < self._rested_at:
+            return None
+        if is_whole and gain_limit(load, self._capacity, self._span) <= settings.min_gain:
+            self._forgone_s, self._looked_at = 0.0, now
+            return None
+        scores = self._score(load)
+        covers_more_WS = scores.newly_covered_WS > scores.newly_covered(start, end)
         urgent_WS = covers_more_WS & self._allowed(scores, load, URGENT_SPARE)
-        if urgent_WS.any():
-            most = scores.newly_covered_WS[urgent_WS].max()
-            urgent_WS &= scores.newly_covered_WS == most
-            return self._best(scores.worth_WS, urgent_WS), True
+        most_WS = np.where(urgent_WS, scores.newly_covered_WS, 0.0)
+        urgent = self._best(scores.worth_WS, urgent_WS & (most_WS == most_WS.max()))
+        if urgent is not None:
+            return urgent, True
         if now < self._rested_at:
             return None
-        gain_WS = (scores.worth_WS - scores.worth(*self._span)) / scores.share
-        value_WS = gain_WS - self._cost(scores)
-        is_better_WS = self._allowed(scores, load, SPARE) & (value_WS > 0)
-        return (self._best(value_WS, is_better_WS), False) if is_better_WS.any() else None
+        gain_WS = (scores.worth_WS - scores.worth(start, end)) / scores.share
+        gain_WS = np.where(self._allowed(scores, load, SPARE), gain_WS, -1.0)
+        since_s = min(now - self._looked_at, MOST_BETWEEN_LOOKS_S)
+        self._looked_at = now
+        value_WS = gain_WS * settings.foresight_s - self._cost_s(scores)
+        best = self._best(value_WS, gain_WS > settings.min_gain)
+        if best is None:
+            self._forgone_s = 0.0
+            return None
+        row, first = best[1] - best[0] - 1, best[0]
+        self._forgone_s += gain_WS[row, first] * since_s
+        return (best, False) if value_WS[row, first] + self._forgone_s > 0 else None
 
-    def _best(self, value_WS: Floats, is_allowed_WS: Booleans) -> tuple[int, int]:
+    def _best(self, value_WS: Floats, is_allowed_WS: Booleans) -> tuple[int, int] | None:
         """The span of greatest value; of equals, one by chance."""
+        if not is_allowed_WS.any():
+            return None
         allowed_WS = np.where(is_allowed_WS, value_WS, -np.inf)
         row, start = self._rng.choice(np.argwhere(allowed_WS == allowed_WS.max()).tolist())
         return start, start + row + 1
@@ -306,14 +340,13 @@ class MovePlanner:
             allowed_WS = allowed_WS & (starts <= first) & (starts + rows > last)
         return allowed_WS
 
-    def _cost(self, scores: SpanScores) -> Floats:
-        """What a move must gain, in parts of what this server contributes."""
+    def _cost_s(self, scores: SpanScores) -> Floats:
+        """What a move to each span costs, as time of this server."""
         settings = self._settings
         start, end = self._span
         lengths = np.arange(1, len(scores.worth_WS) + 1)[:, None]
         starts = np.arange(scores.worth_WS.shape[1])[None, :]
         kept_WS = np.minimum(starts + lengths, end) - np.maximum(starts, start)
         new_WS = lengths - np.maximum(kept_WS, 0)
-        seconds_WS = settings.drain_s + settings.load_block_s * new_WS
-        cost_WS: Floats = settings.min_gain + seconds_WS / settings.cost_horizon_s
+        cost_WS: Floats = settings.drain_s + settings.load_block_s * new_WS
         return cost_WS

@@ -11,6 +11,11 @@ How it works: a server of ``v`` block-steps a second adds ``v / n`` to each of `
 each ``n`` the gain of every block is computed once; the gain of a window is then the difference of
 two prefix sums. So all windows of all lengths cost as much as ``fit`` passes over the blocks.
 
+Servers go without a word, too, and what a quick one did on few blocks leaves a deep hole in them.
+So of each span is subtracted what the loss of its server would take from an otherwise even swarm,
+times how likely that is: in a small swarm a quick server had better spread over all blocks that it
+fits; in a large one it makes no difference.
+
 Shapes: L blocks, W lengths of a span (row ``n - 1`` is for ``n`` blocks), S first blocks of a span.
 Where a window does not end within the model its entry is of no meaning and never allowed.
 """
@@ -34,13 +39,19 @@ FLOOR = 0.05
 """Added to every block's throughput, in units of the bound, so that a block without any is bad
 beyond all others, and not infinitely bad."""
 
+LOSS = 0.014
+"""Of the time, the part in which what a server did is missing, because it went and nobody has taken
+its place yet: some 150 s (until it is forgotten, and others have looked, claimed and loaded) of
+three hours that a server stays where a third is replaced in an hour."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpanScores:
     """What spans are worth.
 
     Attributes:
-        worth_WS: the power mean, in units of the bound, with the server on that span.
+        worth_WS: the power mean, in units of the bound, with the server on that span; less what is
+            to be expected of its loss.
         newly_covered_WS: how many blocks it would cover that nobody else is to cover.
         is_possible_WS: whether the span lies in the model.
         share: of the server in what the swarm does in all, itself included.
@@ -82,11 +93,44 @@ def score_spans(load: BlockLoad, capacity: Capacity) -> SpanScores:
     need_WS = np.maximum(need_L.sum() - gained_WS, num_blocks * 1e-12)
     uncovered_WL = np.broadcast_to(load.planned_L == 0, (fit, num_blocks)).astype(np.float64)
     return SpanScores(
-        worth_WS=(need_WS / num_blocks) ** (-1 / POWER) - FLOOR,
+        worth_WS=(need_WS / num_blocks) ** (-1 / POWER)
+        - FLOOR
+        - LOSS * _hole(speed / bound, lengths, num_blocks)[:, None],
         newly_covered_WS=_window_sums(uncovered_WL, ends_WS),
         is_possible_WS=is_possible_WS,
         share=speed / total,
     )
+
+
+def gain_limit(load: BlockLoad, capacity: Capacity, span: tuple[int, int]) -> float:
+    """More than a server can gain the swarm by any move, in parts of what it contributes.
+
+    A power mean is concave, so no move gains more than its slope promises: at best all that the
+    server does goes from the mean slope over its span to the steepest slope there is. That takes a
+    tenth of the time of `score_spans`, and in a balanced swarm nearly every look ends with it.
+    """
+    start, end = span
+    speed = load.speed_of(capacity)
+    throughput_L = load.throughput_L.copy()
+    throughput_L[start:end] += speed / (end - start)
+    relative_L = throughput_L / throughput_L.mean() + FLOOR
+    need_L = _need(relative_L)
+    need = need_L.mean()
+    slope_L = need_L / relative_L * (need ** (-1 / POWER) / need)
+    share, bound = speed / throughput_L.sum(), throughput_L.mean()
+    lengths = np.array([end - start, max(capacity.fit, end - start)], np.float64)
+    own_hole, least_hole = _hole(speed / bound, lengths, load.num_blocks)
+    risk = LOSS * (own_hole - least_hole) / share
+    return float(slope_L.max() - slope_L[start:end].mean() + risk)
+
+
+def _hole(relative_speed: float, lengths: Floats, num_blocks: int) -> Floats:
+    """What the loss of a server takes from an even swarm, for each length of its span."""
+    left = np.maximum(1.0 - relative_speed / lengths, 0.0) + FLOOR
+    even = _need(np.array(1.0 + FLOOR))
+    need = even + lengths / num_blocks * (_need(left) - even)
+    hole: Floats = 1.0 + FLOOR - need ** (-1 / POWER)
+    return hole
 
 
 def _need(relative: Floats) -> Floats:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from petald.block_load import Capacity, read_load
 from petald.span_choice import AS_GOOD, ModelOffer, choose_model, choose_span
-from petald.span_scores import FLOOR, POWER, score_spans
+from petald.span_scores import FLOOR, LOSS, POWER, gain_limit, score_spans
 from tests.helpers.placement_world import announcement, load_of, view_of
 
 spans = st.tuples(st.integers(0, 9), st.integers(1, 5), st.floats(0.1, 10.0)).map(
@@ -20,24 +20,33 @@ spans = st.tuples(st.integers(0, 9), st.integers(1, 5), st.floats(0.1, 10.0)).ma
 swarms = st.lists(spans, min_size=1, max_size=12)
 
 
+def power_mean(relative: list[float]) -> float:
+    return (sum((one + FLOOR) ** -POWER for one in relative) / len(relative)) ** (
+        -1 / POWER
+    ) - FLOOR
+
+
 def plain_worth(
     swarm: list[tuple[int, int, float]], own: tuple[int, int, float], num_blocks: int
 ) -> float:
-    """The power mean of the blocks' throughputs over their mean, written down."""
+    """The power mean of the blocks' throughputs over their mean, less a loss, written down."""
     throughput = [0.0] * num_blocks
     for start, end, speed in [*swarm, own]:
         for block in range(start, end):
             throughput[block] += speed / (end - start)
     mean = sum(throughput) / num_blocks
-    relative = [one / mean + FLOOR for one in throughput]
-    return (sum(one**-POWER for one in relative) / num_blocks) ** (-1 / POWER) - FLOOR
+    start, end, speed = own
+    left = max(0.0, 1 - speed / (end - start) / mean)
+    hole = 1 - power_mean([left] * (end - start) + [1.0] * (num_blocks - end + start))
+    return power_mean([one / mean for one in throughput]) - LOSS * hole
 
 
 def typical_speed(swarm: list[tuple[int, int, float]]) -> float:
     return float(np.median([speed for *_, speed in swarm]))
 
 
-@given(swarms, st.integers(1, 12), st.floats(0.1, 5.0))
+@settings(max_examples=40, deadline=None)
+@given(swarms, st.integers(1, 6), st.floats(0.1, 5.0))
 def test_every_span_is_worth_what_a_plain_sum_says(swarm, fit: int, speed: float) -> None:
     scores = score_spans(load_of(10, *swarm), Capacity(fit=fit, block_steps_per_s=speed))
     speed = min(speed, 100 * typical_speed(swarm))
@@ -49,6 +58,7 @@ def test_every_span_is_worth_what_a_plain_sum_says(swarm, fit: int, speed: float
             assert scores.newly_covered(start, end) == len(set(range(start, end)) - covered)
 
 
+@settings(max_examples=40, deadline=None)
 @given(swarms, st.integers(1, 12), st.floats(0.1, 5.0), st.integers())
 def test_the_choice_covers_most_and_then_is_worth_most(swarm, fit, speed, seed: int) -> None:
     capacity = Capacity(fit=fit, block_steps_per_s=speed)
@@ -62,6 +72,19 @@ def test_the_choice_covers_most_and_then_is_worth_most(swarm, fit, speed, seed: 
     worths = [scores.worth(*span) for span in every if scores.newly_covered(*span) == most]
     least = max(worths) - AS_GOOD * (max(worths) - min(worths))
     assert scores.worth(start, end) >= least - 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(swarms, spans, st.integers(1, 6))
+def test_no_move_gains_more_than_the_limit_says(swarm, own, fit: int) -> None:
+    start, end, speed = own
+    load = load_of(10, *swarm)
+    capacity = Capacity(fit=max(fit, end - start), block_steps_per_s=speed)
+    scores = score_spans(load, capacity)
+    best = scores.worth_WS[scores.is_possible_WS].max()
+    gain = (best - scores.worth(start, end)) / scores.share
+    limit = gain_limit(load, capacity, (start, end))
+    assert gain <= limit + 1e-3 * abs(limit) + 1e-6
 
 
 def test_the_least_covered_blocks_are_taken() -> None:

@@ -1,0 +1,97 @@
+"""Simulated swarms: balanced, covered, calm, and the same each time."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.swarm_sim import Outcome, print_table, simulate
+from benchmarks.swarm_sim_directory import Said, SimDirectory
+from benchmarks.swarm_sim_rules import RULES
+from benchmarks.swarm_sim_world import SimSettings, World, memory_bound
+from petald.block_load import read_load
+from tests.helpers.placement_world import announcement, view_of
+
+SHORT = SimSettings(servers=150, seed=0, join_s=300.0, settle_s=1500.0, churn_s=1200.0)
+
+
+def run(settings: SimSettings) -> World:
+    choose, make_rule = RULES["petald"]
+    world = World(settings, choose=choose, make_rule=make_rule())
+    world.run()
+    return world
+
+
+def test_a_swarm_balances_itself_and_stays_covered() -> None:
+    for seed in range(2):
+        outcome = simulate("petald", replace(SHORT, seed=seed))
+        assert outcome.joined > 0.88
+        assert outcome.churn_mean is not None
+        assert outcome.churn_mean > 0.75
+        assert outcome.gaps == 0
+        assert outcome.moves_mean is not None
+        assert outcome.moves_mean < 3
+
+
+def test_a_run_is_repeated_by_its_seed() -> None:
+    settings = replace(SHORT, servers=60, settle_s=600.0, churn_s=600.0)
+    first, second = run(settings), run(settings)
+    assert first.samples == second.samples
+    assert first.throughput_L.tobytes() == second.throughput_L.tobytes()
+    assert [one.moved_at for one in first.servers] == [one.moved_at for one in second.servers]
+    assert run(replace(settings, seed=1)).samples != first.samples
+
+
+def test_the_directory_adds_up_what_a_view_would_give() -> None:
+    rng = random.Random(0)
+    directory = SimDirectory(20, 1.0)
+    said: dict[str, Said] = {}
+    for _ in range(300):
+        peer = str(rng.randrange(12))
+        if rng.random() < 0.2:
+            said.pop(peer, None)
+            directory.put(peer, None)
+            continue
+        spans = [(start := rng.randrange(16), start + rng.randint(1, 4)) for _ in range(2)]
+        claim = rng.choice([None, spans[1]])
+        span = spans[0] if claim is None else rng.choice([None, spans[0]])
+        said[peer] = Said(span, claim, rng.randrange(99), rng.uniform(0.5, 2))
+        directory.put(peer, said[peer])
+    view = {
+        peer: announcement(
+            *(one.span or one.claim or (0, 1)),
+            speed=one.speed,
+            state="serving" if one.span else "joining",
+            claim=None if one.claim is None else (*one.claim, one.made_at_ms),
+        )
+        for peer, one in said.items()
+    }
+    for peer in said:
+        theirs, ours = read_load(view_of(20, view), own=peer), directory.load_for(peer)
+        assert ours.planned_L.tolist() == theirs.planned_L.tolist()
+        assert ours.settled_L.tolist() == theirs.settled_L.tolist()
+        assert {one.peer for one in theirs.claims} == {one.peer for one in ours.claims} - {peer}
+
+
+def test_memory_bounds_what_quick_servers_are_good_for() -> None:
+    world = run(replace(SHORT, servers=20, settle_s=300.0, churn_s=0.0))
+    assert 0.2 < memory_bound(world.servers) <= 1.0
+    assert memory_bound(world.servers, num_blocks=2) == pytest.approx(1.0)
+
+
+def test_a_table_leaves_blank_what_was_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    one = Outcome(
+        joined=0.97,
+        memory=1.0,
+        join_moves=0.5,
+        churn_mean=None,
+        churn_median=None,
+        gaps=None,
+        moves_median=None,
+        moves_mean=None,
+        wall_s=1.0,
+    )
+    print_table("petald", {100: [one, replace(one, churn_mean=0.9)]})
+    assert "2/1" in capsys.readouterr().out
