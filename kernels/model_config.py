@@ -164,8 +164,13 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     max_positions = read_int(raw, "max_position_embeddings", MAX_POSITIONS, default=2048)
     hidden_size, num_heads, num_kv_heads, head_size = _read_heads(raw, family)
     num_experts, experts_per_token = _read_experts(raw) if family.has_experts else (0, 0)
-    query_scalar = read_optional_float(raw, "query_pre_attn_scalar")
-    has_kept_norms = read_bool(raw, "has_kept_norms", default=False)
+    # Only where the family has them: any other file may say what it likes under these names.
+    query_scalar = None
+    if "query_pre_attn_scalar" in family.defaults:
+        query_scalar = read_optional_float(raw, "query_pre_attn_scalar")
+    has_kept_norms = "has_kept_norms" in family.keys and read_bool(
+        raw, "has_kept_norms", default=False
+    )
     attention_bias = read_bool(raw, "attention_bias", default=False)
     mlp_bias = read_bool(raw, "mlp_bias", default=False)
     return ModelConfig(

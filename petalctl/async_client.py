@@ -18,11 +18,13 @@ import trio
 from p2p.wire.control_messages import (
     ChainHop,
     CloseSession,
-    Drain,
-    Drained,
     Generated,
     GenerateDone,
+    Pause,
+    Paused,
     Progress,
+    Resume,
+    Resumed,
     SessionClosed,
     StatusReport,
     StatusRequest,
@@ -122,18 +124,29 @@ class AsyncClient:
         """
         await self._ask(CloseSession(job=0, session=session), SessionClosed)
 
-    async def drain(self, within_s: float = 60.0, *, undo: bool = False) -> Drained:
-        """Moves the sessions of this daemon's server to others, and takes no new ones.
+    async def pause(self, for_s: float | None = None, *, within_s: float | None = None) -> Paused:
+        """Has this daemon's server make way: its sessions move to others, and it takes no new ones.
 
         Args:
-            within_s: how long they have for it.
-            undo: take sessions again instead.
+            for_s: how long; none until `resume`.
+            within_s: how long the sessions have to move before they are ended; none lets the
+                daemon's configuration say.
 
         Raises:
             JobError: the daemon serves nothing, or a value is out of bounds.
             DaemonUnreachable: there was no answer.
         """
-        return await self._ask(Drain(job=0, within_s=within_s, undo=undo), Drained)
+        request = Pause(job=0, for_s=for_s, within_s=within_s)
+        return await self._ask(request, Paused)
+
+    async def resume(self) -> Resumed:
+        """Ends the pause; says whether the server is back.
+
+        Raises:
+            JobError: the daemon serves nothing.
+            DaemonUnreachable: there was no answer.
+        """
+        return await self._ask(Resume(job=0), Resumed)
 
     @asynccontextmanager
     async def generate(

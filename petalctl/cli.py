@@ -107,7 +107,7 @@ def build_parser(*, wants_json: bool = False) -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_reports(commands)
-    _add_drain(commands)
+    _add_pauses(commands)
     _add_demo(commands)
     add_model_parser(commands)
     add_service_parser(commands)
@@ -200,25 +200,32 @@ def _add_reports(commands: Subparsers) -> None:
     swarm.set_defaults(run=_late("petalctl.reports", "run_swarm"))
 
 
-def _add_drain(commands: Subparsers) -> None:
-    drain = commands.add_parser(
-        "drain",
-        help="let others take over the sessions of this machine's server",
+def _add_pauses(commands: Subparsers) -> None:
+    pause = commands.add_parser(
+        "pause",
+        help="have this machine's server make way for you",
+        usage="petalctl pause [for 2h | until 08:00] [--within SECONDS] [--json] [--socket PATH]",
         description="Take this machine's server out of the swarm without disturbing anybody: its "
-        "sessions move to other servers, and it takes no new ones.",
+        "sessions move to other servers, and it takes no new ones, for a while or until "
+        "`petalctl resume`, even if the daemon is started again.",
         allow_abbrev=False,
     )
-    drain.add_argument(
+    pause.add_argument(
+        "time", nargs="*", metavar="for 2h | until 08:00", help="how long (default: until resumed)"
+    )
+    pause.add_argument(
         "--within",
         type=number(least=0, most=86400),
-        default=60.0,
         metavar="SECONDS",
-        help="how long the sessions have (default: %(default)g)",
+        help="how long the sessions have to move (default: [lend] yield_within_s)",
     )
-    drain.add_argument("--undo", action="store_true", help="take sessions again")
-    _add_json(drain)
-    _add_socket(drain)
-    drain.set_defaults(run=_late("petalctl.reports", "run_drain"))
+    _add_json(pause)
+    _add_socket(pause)
+    pause.set_defaults(run=_late("petalctl.pause_command", "run_pause"))
+    resume = commands.add_parser("resume", help="end a pause, and lend again", allow_abbrev=False)
+    _add_json(resume)
+    _add_socket(resume)
+    resume.set_defaults(run=_late("petalctl.pause_command", "run_resume"))
 
 
 def _add_demo(commands: Subparsers) -> None:

@@ -17,11 +17,13 @@ from p2p.errors import P2PError
 from p2p.wire.control_messages import (
     ChainHop,
     CloseSession,
-    Drain,
-    Drained,
     Generated,
     GenerateDone,
+    Pause,
+    Paused,
     Progress,
+    Resume,
+    Resumed,
     SessionClosed,
     StatusReport,
     StatusRequest,
@@ -37,6 +39,8 @@ from petalctl.requests import GenerateOptions, make_generate
 
 CONNECT_TIMEOUT_S = 5.0
 CANCEL_TIMEOUT_S = 5.0
+MOVE_TIMEOUT_S = 86400.0
+"""For sessions to move: the most that a daemon's configuration can say."""
 """How long a cancelled job may take to end before its session is given up."""
 
 RECEIVE_BYTES = 65536
@@ -130,19 +134,29 @@ class Client:
         """
         self._ask(CloseSession(job=0, session=session), SessionClosed)
 
-    def drain(self, within_s: float = 60.0, *, undo: bool = False) -> Drained:
-        """Moves the sessions of this daemon's server to others, and takes no new ones.
+    def pause(self, for_s: float | None = None, *, within_s: float | None = None) -> Paused:
+        """Has this daemon's server make way: its sessions move to others, and it takes no new ones.
 
         Args:
-            within_s: how long they have for it.
-            undo: take sessions again instead.
+            for_s: how long; none until `resume`.
+            within_s: how long the sessions have to move before they are ended; none lets the
+                daemon's configuration say.
 
         Raises:
             JobError: the daemon serves nothing, or a value is out of bounds.
             DaemonUnreachable: there was no answer.
         """
-        request = Drain(job=0, within_s=within_s, undo=undo)
-        return self._ask(request, Drained, more_s=within_s)
+        request = Pause(job=0, for_s=for_s, within_s=within_s)
+        return self._ask(request, Paused, more_s=MOVE_TIMEOUT_S if within_s is None else within_s)
+
+    def resume(self) -> Resumed:
+        """Ends the pause; says whether the server is back.
+
+        Raises:
+            JobError: the daemon serves nothing.
+            DaemonUnreachable: there was no answer.
+        """
+        return self._ask(Resume(job=0), Resumed)
 
     def _ask(self, request: Request, kind: type[M], *, more_s: float = 0.0) -> M:
         job = self._begin(request)

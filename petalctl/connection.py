@@ -17,13 +17,15 @@ from p2p.wire.control_messages import (
     MAX_CONTROL_FRAME_BYTES,
     Cancel,
     CloseSession,
-    Drain,
-    Drained,
     Generate,
     Generated,
     GenerateDone,
     JobFailed,
+    Pause,
+    Paused,
     Progress,
+    Resume,
+    Resumed,
     SessionClosed,
     StatusReport,
     StatusRequest,
@@ -56,7 +58,8 @@ Request = (
     | SwarmRequest
     | Generate
     | CloseSession
-    | Drain
+    | Pause
+    | Resume
     | PutAdapter
     | ForwardBatch
     | BackwardBatch
@@ -71,7 +74,8 @@ Answer = (
     | Generated
     | GenerateDone
     | SessionClosed
-    | Drained
+    | Paused
+    | Resumed
     | AdapterKept
     | BatchRows
     | AdapterGradient
@@ -92,7 +96,8 @@ _RESULTS: dict[type[Message], type[Message]] = {
     SwarmRequest: SwarmReport,
     Generate: GenerateDone,
     CloseSession: SessionClosed,
-    Drain: Drained,
+    Pause: Paused,
+    Resume: Resumed,
     PutAdapter: AdapterKept,
     ForwardBatch: ForwardDone,
     BackwardBatch: BackwardDone,

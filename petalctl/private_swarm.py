@@ -62,6 +62,8 @@ class PrivateSwarm:
         dtype: of the weights and of the computation.
         threads: of each daemon that computes; none leaves it to the daemon.
         serve: more settings for each server's ``[serve]`` section.
+        lend: settings for each server's ``[lend]`` section, instead of making way for nobody: the
+            daemons of a private swarm, and what uses it, share one machine.
         route: more settings for the router's ``[route]`` section.
         links: carries the daemons' connections, to make them slow or break them.
         folder: where everything lies; a temporary one, removed at the end, if not given.
@@ -85,6 +87,7 @@ class PrivateSwarm:
         dtype: str = "float32",
         threads: int | None = None,
         serve: Mapping[str, Value] | None = None,
+        lend: Mapping[str, Value] | None = None,
         route: Mapping[str, Value] | None = None,
         links: Links | None = None,
         folder: Path | None = None,
@@ -95,6 +98,7 @@ class PrivateSwarm:
         self.servers: list[DaemonProcess] = []
         self._spans = list(spans)
         self._serve: dict[str, Value] = {"model": self.model, "dtype": dtype, **(serve or {})}
+        self._lend: dict[str, Value] = {"max_load": 1.0, **(lend or {})}
         # On one machine there is nothing to gain from codecs.
         self._route: dict[str, Value] = {
             "models": [self.model],
@@ -125,7 +129,7 @@ class PrivateSwarm:
             wait_ready([self.anchor], START_TIMEOUT_S, self._on_ready)
             self._bootstrap = [_loopback_address(self.anchor)]
             for span in self._spans:
-                self._start_server(span, {})
+                self._start_server(span, {}, {})
             self.router = self._start("router", {"route": self._route})
             wait_ready([*self.servers, self.router], START_TIMEOUT_S, self._on_ready)
         except BaseException:
@@ -159,17 +163,24 @@ class PrivateSwarm:
         """
         return Client(self.router.socket)
 
-    def add_server(self, span: tuple[int, int], **serve: Value) -> DaemonProcess:
+    def add_server(
+        self,
+        span: tuple[int, int],
+        *,
+        lend: Mapping[str, Value] | None = None,
+        **serve: Value,
+    ) -> DaemonProcess:
         """Starts one more server, and waits until it serves.
 
         Args:
             span: the blocks that it hosts.
+            lend: more settings for its ``[lend]`` section.
             serve: more settings for its ``[serve]`` section.
 
         Raises:
             CommandError: it did not start.
         """
-        server = self._start_server(span, serve)
+        server = self._start_server(span, serve, lend or {})
         wait_ready([server], START_TIMEOUT_S, self._on_ready)
         return server
 
@@ -183,7 +194,7 @@ class PrivateSwarm:
         Raises:
             CommandError: one did not start.
         """
-        servers = [self._start_server(None, serve) for _ in range(count)]
+        servers = [self._start_server(None, serve, {}) for _ in range(count)]
         wait_ready(servers, START_TIMEOUT_S, self._on_ready)
         return servers
 
@@ -226,12 +237,18 @@ class PrivateSwarm:
             self._guards.close()
 
     def _start_server(
-        self, span: tuple[int, int] | None, serve: Mapping[str, Value]
+        self,
+        span: tuple[int, int] | None,
+        serve: Mapping[str, Value],
+        lend: Mapping[str, Value],
     ) -> DaemonProcess:
         blocks = "auto" if span is None else f"{span[0]}:{span[1]}"
         server = self._start(
             f"server {len(self.servers) + 1}",
-            {"serve": {**self._serve, "blocks": blocks, **serve}},
+            {
+                "serve": {**self._serve, "blocks": blocks, **serve},
+                "lend": {**self._lend, **lend},
+            },
             span=span,
         )
         self.servers.append(server)

@@ -67,6 +67,7 @@ def render_status(report: StatusReport) -> RenderableType:
 def _span_facts(span: SpanStatus) -> list[tuple[str, str]]:
     return [
         ("serves", f"{span.model}, blocks {span.start}:{span.end}, {span.state}"),
+        *([("", _pause(span))] if span.paused_why else ()),
         (
             "",
             f"{_weights(span.dtype, span.quant)} on {span.device}, "
@@ -76,6 +77,13 @@ def _span_facts(span: SpanStatus) -> list[tuple[str, str]]:
         ("sessions", f"{span.sessions} open"),
         ("steps", f"{span.decode_steps} decode, {span.prefill_steps} prefill"),
     ]
+
+
+def _pause(span: SpanStatus) -> str:
+    """Why a server is paused, and when it comes back by itself."""
+    if span.resumes_in_s is None:
+        return span.paused_why
+    return f"{span.paused_why}; for {format_age(span.resumes_in_s)} more"
 
 
 def _sent(counts: Sequence[CodecCount]) -> str:

@@ -1,4 +1,4 @@
-"""``petalctl status``, ``petalctl swarm`` and ``petalctl drain``."""
+"""``petalctl status`` and ``petalctl swarm``."""
 
 from __future__ import annotations
 
@@ -45,28 +45,6 @@ def run_swarm(args: argparse.Namespace) -> int:
 
         print_rich(render_swarm(report), sys.stdout)
     return 0
-
-
-def run_drain(args: argparse.Namespace) -> int:
-    """Carries out ``petalctl drain``.
-
-    Raises:
-        CommandError: the daemon did not answer, or serves nothing.
-    """
-    with Client(args.socket) as client:
-        drained = client.drain(args.within, undo=args.undo)
-    if args.json:
-        print(json.dumps({"sessions": drained.sessions, "left": drained.left}))
-    elif args.undo:
-        print("this server takes sessions again")
-    elif drained.left:
-        print(
-            f"{drained.left} of {drained.sessions} sessions are still here: idle, or with nobody "
-            "to go to. They go on until the daemon stops."
-        )
-    else:
-        print(f"no sessions are left ({drained.sessions} were open); petald can be stopped")
-    return 0 if args.undo or not drained.left else 1
 
 
 def plain_report(report: StatusReport | SwarmReport) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class BatchPass:
             end = first + piece.sequences * form.tokens
             await rows.wait_for(end)
             gradient = await self._read_own(rows.history, first, end)
-            codec = self._choose_codec(lane, gradient, self._gradient_codec)
+            codec = self._choose_codec(lane, gradient, self._gradient_codec, is_gradient=True)
             gradient = await self._encode(gradient, codec)
             until = form.end
             for block, row in reversed(piece.inputs):
@@ -437,9 +437,11 @@ class BatchPass:
         assert history is not None, "the pass was closed"
         return history.read(row, row + rows)
 
-    def _choose_codec(self, lane: Lane, rows: WireTensor, asked: str) -> str:
+    def _choose_codec(
+        self, lane: Lane, rows: WireTensor, asked: str, *, is_gradient: bool = False
+    ) -> str:
         to = [hop.peer for hop in lane.hops[:1]]
-        return self._codecs.choose(plain_tensor(rows), asked, to=to)
+        return self._codecs.choose(plain_tensor(rows), asked, to=to, is_gradient=is_gradient)
 
     async def _encode(self, rows: WireTensor, codec: str) -> WireTensor:
         """The app's own rows as they go to a hop.

@@ -18,9 +18,9 @@ AUTO_CODECS = (RAW, "int8")
 """What may be chosen without being asked for by name: ``benchmarks/codecs.py`` shows that int8
 leaves a model's perplexity as it is to 0.1 %."""
 
-UNASKED_CODECS = (RAW, "bfloat16", "float16", "int8", "dynamic8")
+UNASKED_CODECS = (RAW, "bfloat16", "int8", "dynamic8")
 """What may come where the choice was left to the sender: `AUTO_CODECS`, and those that a server's
-configuration may prefer, which lose no more."""
+configuration may prefer, which lose no more. Not float16, which cannot write what is over 65504."""
 
 UNKNOWN_BYTES_PER_S = 12.5e6
 """Before anything was measured: 100 Mbit/s, which few homes send faster than."""

@@ -28,6 +28,7 @@ from p2p.addresses import BadAddress, parse_address
 from p2p.wire.socket_path import SocketPathTooLong, check_socket_path, listen_socket_path
 from petald.codec_choice import AUTO, UNASKED_CODECS
 from petald.errors import ConfigError
+from petald.lending_hours import parse_hours
 from petald.placement import parse_blocks
 
 Check = Callable[[Any], None]
@@ -96,6 +97,10 @@ def _check_device(text: str) -> None:
 def _check_blocks(text: str) -> None:
     if text != ANY_BLOCKS:
         parse_blocks(text)
+
+
+def _check_hours(texts: Sequence[str]) -> None:
+    parse_hours(texts)
 
 
 def _check_listen(addresses: Sequence[str]) -> None:
@@ -350,6 +355,57 @@ class ServeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LendConfig:
+    """When to serve, and how much of the device: only what its owner leaves idle.
+
+    How much memory is lent, [serve] says: its blocks or memory_bytes, cache_tokens, pass_bytes.
+    """
+
+    hours: tuple[str, ...] = _setting(
+        'Hours of the day in which to serve, in local time, each like "22:00-08:00", which goes '
+        "over midnight. Empty: always.",
+        default=(),
+        check=_check_hours,
+        metavar="FROM-TO",
+    )
+    max_load: float = _setting(
+        "What share of the device others may use, or want where nothing is idle, before this "
+        "server makes way: of all processors together, or of the GPU's time. Processes of lowered "
+        "priority (nice) do not count on a processor. 1: never make way.",
+        default=0.5,
+        check=_between(0, 1),
+        metavar="SHARE",
+    )
+    busy_s: float = _setting(
+        "Over how many seconds others must use more than that, on average.",
+        default=10.0,
+        check=_between(1, 3600),
+        metavar="SECONDS",
+    )
+    idle_s: float = _setting(
+        "Over how many seconds they must use no more than that, on average, before this server "
+        "comes back.",
+        default=60.0,
+        check=_between(1, 86400),
+        metavar="SECONDS",
+    )
+    yield_within_s: float = _setting(
+        "How long, in seconds, sessions have to move when this server makes way. Then those that "
+        "are left are ended; their clients rebuild them as soon as somebody can run them.",
+        default=60.0,
+        check=_between(0, MAX_WAIT_S),
+        metavar="SECONDS",
+    )
+    device_share: float = _setting(
+        "The most of the device's time that is spent for others: after each batch it rests in "
+        "proportion. 1: all of it.",
+        default=1.0,
+        check=_between(0.01, 1),
+        metavar="SHARE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RouteConfig:
     """Running models through the swarm, for the apps of this machine."""
 
@@ -419,6 +475,7 @@ class Config:
     daemon: DaemonConfig
     network: NetworkConfig
     serve: ServeConfig
+    lend: LendConfig
     route: RouteConfig
 
 
@@ -520,16 +577,20 @@ def format_config(config: Config) -> str:
     defaults = _default_values(os.environ)
     parts = ["# The configuration of petald. Start it with: petald --config FILE\n"]
     for section, cls in _SECTIONS.items():
-        lines = [f"# {cls.__doc__}", f"[{section}]"]
+        lines = [*_comment(cls.__doc__), f"[{section}]"]
         for setting in fields(cls):
             value = getattr(getattr(config, section), setting.name)
             is_of_machine = setting.default is MISSING and value == defaults[section][setting.name]
             lines.append("")
-            lines += [f"# {line}" for line in textwrap.wrap(setting.metadata["help"], _TEXT_WIDTH)]
+            lines += _comment(setting.metadata["help"])
             mark = "# " if is_of_machine else ""
             lines.append(f"{mark}{setting.name} = {_format_toml(value)}")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _comment(text: str | None) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text or "", _TEXT_WIDTH)]
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:

@@ -28,9 +28,10 @@ from p2p.wire.control_messages import (
     MAX_CONTROL_FRAME_BYTES,
     Cancel,
     CloseSession,
-    Drain,
     Generate,
     JobFailed,
+    Pause,
+    Resume,
     SessionClosed,
     StatusRequest,
     SwarmRequest,
@@ -65,19 +66,21 @@ CODE_CANCELLED = "cancelled"
 
 TRAINING = (PutAdapter, ForwardBatch, BackwardBatch)
 HIDDEN = (OpenHiddenSession, RunHiddenStep)
+LENDING = (Pause, Resume)
 Request = (
     StatusRequest
     | SwarmRequest
     | Generate
     | CloseSession
-    | Drain
+    | Pause
+    | Resume
     | PutAdapter
     | ForwardBatch
     | BackwardBatch
     | OpenHiddenSession
     | RunHiddenStep
 )
-REQUESTS = (StatusRequest, SwarmRequest, Generate, CloseSession, Drain, *TRAINING, *HIDDEN)
+REQUESTS = (StatusRequest, SwarmRequest, Generate, CloseSession, *LENDING, *TRAINING, *HIDDEN)
 
 Send = Callable[[Message], Awaitable[None]]
 
@@ -85,7 +88,8 @@ Send = Callable[[Message], Awaitable[None]]
 class Jobs:
     """What the control socket can be asked to do; made by the daemon.
 
-    Attributes are the daemon's parts: coroutines that report and drain, and a maker of generations.
+    Attributes are the daemon's parts: coroutines that report, and that pause and resume, and a
+    maker of generations.
     """
 
     def __init__(
@@ -94,14 +98,14 @@ class Jobs:
         report_status: Callable[[int], Awaitable[Message]],
         report_swarm: Callable[[SwarmRequest], Awaitable[Message]],
         make_generation: Callable[[Generate, Send], Awaitable[GenerationJob]],
-        drain: Callable[[Drain], Awaitable[Message]],
+        pause_or_resume: Callable[[Pause | Resume], Awaitable[Message]],
         training: TrainingJobs,
         hidden: HiddenSessions,
     ) -> None:
         self.report_status = report_status
         self.report_swarm = report_swarm
         self.make_generation = make_generation
-        self.drain = drain
+        self.pause_or_resume = pause_or_resume
         self.training = training
         self.hidden = hidden
         self.running = 0
@@ -302,8 +306,8 @@ async def _do_job(
         await connection.send(await jobs.report_swarm(request))
     elif isinstance(request, Generate):
         await _generate(connection, request, jobs)
-    elif isinstance(request, Drain):
-        await connection.send(await jobs.drain(request))
+    elif isinstance(request, LENDING):
+        await connection.send(await jobs.pause_or_resume(request))
     elif isinstance(request, TRAINING):
         await jobs.training.run(request, connection.training, connection.send)
     elif isinstance(request, HIDDEN):

@@ -12,6 +12,7 @@ import random
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import torch
 import trio
@@ -19,7 +20,7 @@ import trio
 from p2p.directory import Directory
 from p2p.identity import load_or_create_identity
 from p2p.libp2p_network import open_libp2p_network
-from p2p.wire.control_messages import Drain, Drained, Generate
+from p2p.wire.control_messages import Generate, Pause, Paused, Resume, Resumed
 from petald.announcer import Announcer
 from petald.codec_choice import CodecCost
 from petald.config import Config
@@ -30,10 +31,13 @@ from petald.executor import Executor, open_executor
 from petald.generation import GenerationJob
 from petald.hidden_sessions import HiddenSessions
 from petald.job_adapter import AdapterFolders
+from petald.lender import Lender
+from petald.lending import NEVER
 from petald.local_model import LocalModels
 from petald.log import get_logger
 from petald.message_codecs import MessageCodecs
 from petald.notify import notify_ready, notify_stopping
+from petald.owner_load import open_meter
 from petald.pass_link import PassLinks
 from petald.reports import Reporter
 from petald.router import MEASURE_PERIOD_S, Router
@@ -97,8 +101,9 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
             executor=local_executor,
         )
         serving: Serving | None = None
+        lender: Lender | None = None
         if config.serve.is_wanted:
-            serving, announcer = await load_serving(
+            started = await load_serving(
                 config.serve,
                 network=network,
                 directory=directory,
@@ -109,11 +114,16 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
                 rng=rng,
                 nursery=nursery,
             )
+            serving, announcer = started.serving, started.announcer
+            lender = _make_lender(config, serving, announcer, device_executor)
+            await nursery.start(lender.run)
+            await started.begin(nursery)
             nursery.start_soon(_keep_measuring_next_hops, serving, router, announcer, rng)
         for name in config.route.models:
             await models.load(name)
             nursery.start_soon(router.keep_fresh, await models.identify(name))
         reporter = Reporter(config, network=network, router=router, models=models, serving=serving)
+        reporter.lender = lender
 
         folders = AdapterFolders()
 
@@ -134,28 +144,19 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
                 adapter=adapter,
             )
 
-        async def drain(request: Drain) -> Drained:
-            if serving is None:
-                raise BadRequest("this daemon serves no blocks; there is nothing to drain")
-            server = serving.server
-            before = server.sessions
-            if request.undo:
-                server.accept_again()
-                announcer.announce_soon()
-            else:
-                server.stop_accepting()
-                await announcer.withdraw()
-                if server.is_draining:  # it was not taken back meanwhile
-                    await serving.drain(deadline_s=request.within_s)
-            log.info("taken back" if request.undo else "drained", sessions=server.sessions)
-            return Drained(job=request.job, sessions=before, left=server.sessions)
+        async def pause_or_resume(request: Pause | Resume) -> Paused | Resumed:
+            if lender is None:
+                raise BadRequest("this daemon serves no blocks; there is nothing to pause")
+            if isinstance(request, Pause):
+                return await lender.pause(request)
+            return await lender.resume(request)
 
         links = PassLinks(network)
         await nursery.start(links.run)
         jobs = Jobs(
             hidden=HiddenSessions(models, router, max_wait_s=config.route.max_wait_s),
             training=TrainingJobs(models, router, links, max_wait_s=config.route.max_wait_s),
-            drain=drain,
+            pause_or_resume=pause_or_resume,
             report_status=reporter.report_status,
             report_swarm=reporter.report_swarm,
             make_generation=make_generation,
@@ -179,6 +180,8 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
         notify_stopping()
         log.info("stopping")
         if serving is not None:
+            assert lender is not None
+            lender.end()
             serving.server.stop_accepting()
             await announcer.withdraw()
             await serving.drain(deadline_s=config.daemon.stop_timeout_s)
@@ -207,7 +210,11 @@ async def _open_executors(config: Config) -> AsyncIterator[tuple[Executor, Execu
 
     threads = config.serve.threads or config.route.threads
     device = parse_device(config.serve.device)
-    async with open_executor(name=device.type) as device_executor:
+    # On a CPU, what is launched has been done; a GPU goes on by itself.
+    synchronise = partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
+    async with open_executor(
+        name=device.type, share=config.lend.device_share, synchronise=synchronise
+    ) as device_executor:
         if threads:
             await device_executor.run(torch.set_num_threads, threads)
         if device.type == "cpu":
@@ -215,6 +222,24 @@ async def _open_executors(config: Config) -> AsyncIterator[tuple[Executor, Execu
             return
         async with open_executor(name="cpu") as local_executor:
             yield device_executor, local_executor
+
+
+def _nothing() -> None:
+    pass
+
+
+def _make_lender(
+    config: Config, serving: Serving, announcer: Announcer, executor: Executor
+) -> Lender:
+    device = parse_device(config.serve.device)
+    looks = config.lend.max_load < NEVER
+    return Lender(
+        config.lend,
+        serving,
+        announcer,
+        meter=open_meter(device, read_own_s=lambda: executor.computed_s) if looks else None,
+        state_dir=config.daemon.state_dir,
+    )
 
 
 async def _keep_measuring_next_hops(

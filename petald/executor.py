@@ -2,8 +2,11 @@
 
 Trio's loop hands work over and sleeps until it is done; the thread takes batches from a
 `Scheduler`. It knows nothing of sessions or networks: work is a callable, or an item for the batch
-function it was queued with. Invariant: a piece of work that was cancelled either never started or
-has ended, so the caller may free what it used.
+function it was queued with. Where only a share of the device is lent, peers' work has a queue of
+its own, and rests; the daemon's own work goes before it, and does not.
+
+Invariant: a piece of work that was cancelled either never started or has ended, so the caller may
+free what it used.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from petald.duty_cycle import LONGEST_STRETCH_S, DutyCycle
 from petald.scheduler import Priority, Scheduler, Work
 
 T = TypeVar("T")
@@ -69,17 +73,41 @@ class ExecutorClosed(Exception):
 
 
 class Executor:
-    """Runs kernels on one thread; made by `open_executor`."""
+    """Runs kernels on one thread; made by `open_executor`.
 
-    def __init__(self, token: trio.lowlevel.TrioToken, *, max_batch_tokens: int) -> None:
+    Attributes:
+        batches: that were run.
+        batched_items: pieces of work in them.
+        computed_s: spent on them.
+        rests: how often peers' work waited because the device is lent in part only.
+    """
+
+    def __init__(
+        self,
+        token: trio.lowlevel.TrioToken,
+        *,
+        max_batch_tokens: int,
+        share: float = 1.0,
+        synchronise: Callable[[], None] = lambda: None,
+    ) -> None:
         self._token = token
         self._scheduler: Scheduler[_Pending] = Scheduler(max_batch_tokens=max_batch_tokens)
+        self._duty = DutyCycle(share) if share < 1 else None
+        # Without a limit, both are one queue, in whose order all work stands.
+        self._own: Scheduler[_Pending] = (
+            Scheduler(max_batch_tokens=max_batch_tokens) if self._duty else self._scheduler
+        )
+        self._synchronise = synchronise
         self._condition = threading.Condition()
         self._is_closed = False
         # One tuple, so that another thread reads both of one moment.
         self._mean_queue = (0.0, time.perf_counter())
+        self._stretch_began_at = math.inf
+        self._is_resting = False
         self.batches = 0
         self.batched_items = 0
+        self.computed_s = 0.0
+        self.rests = 0
 
     async def run(
         self,
@@ -131,7 +159,7 @@ class Executor:
     @property
     def queued(self) -> int:
         """How many pieces of work wait."""
-        return len(self._scheduler)
+        return len(self._scheduler) + (len(self._own) if self._duty else 0)
 
     @property
     def queued_tokens(self) -> int:
@@ -140,11 +168,18 @@ class Executor:
 
     def queued_tokens_of(self, priority: Priority) -> int:
         """How many rows of one kind wait."""
-        return self._scheduler.queued_tokens(priority)
+        own = self._own.queued_tokens(priority) if self._duty else 0
+        return self._scheduler.queued_tokens(priority) + own
 
     def is_wanted_before(self, priority: Priority) -> bool:
-        """Whether more urgent work waits, for which a long piece of work makes way."""
-        return self._scheduler.is_wanted_before(priority)
+        """Whether a long piece of work is to make way: more urgent work waits, or a rest is due."""
+        if self._duty is None:
+            return self._scheduler.is_wanted_before(priority)
+        return (
+            len(self._own) > 0
+            or self._scheduler.is_wanted_before(priority)
+            or time.perf_counter() - self._stretch_began_at > LONGEST_STRETCH_S
+        )
 
     @property
     def mean_queue_s(self) -> float:
@@ -162,14 +197,14 @@ class Executor:
         with self._condition:
             if self._is_closed:
                 raise ExecutorClosed("the device's thread has ended")
-            self._scheduler.add(work)
+            self._queue_of(work).add(work)
             self._condition.notify()
         pending = work.item
         try:
             await pending.done.wait()
         except trio.Cancelled:
             with self._condition:
-                was_queued = self._scheduler.remove(work)
+                was_queued = self._queue_of(work).remove(work)
             if not was_queued:
                 with trio.CancelScope(shield=True):
                     await pending.done.wait()
@@ -179,25 +214,53 @@ class Executor:
         assert pending.result is not None
         return pending.result
 
+    def _queue_of(self, work: Work[_Pending]) -> Scheduler[_Pending]:
+        return self._scheduler if work.peer else self._own
+
     def run_thread(self) -> None:
         """The thread's main loop; ends after `close`, and fails what is queued then."""
-        while True:
-            with self._condition:
-                while not self._is_closed and not len(self._scheduler):
-                    self._condition.wait()
-                if self._is_closed:
-                    break
-                works = self._scheduler.next_batch()
+        while (works := self._wait_batch()) is not None:
             batch = [work.item for work in works]
             if works[0].priority is Priority.DECODE:
                 self._note_queue_time(batch)
+            began_at = self._stretch_began_at = time.perf_counter()
             self._run_batch(batch)
+            if self._duty is not None:
+                self._synchronise()  # else what was begun goes on while it is said to rest
+            ended_at = time.perf_counter()
+            self.computed_s += ended_at - began_at
+            if self._duty is not None and works[0].peer:
+                self._duty.on_computed(began_at, ended_at)
             self._deliver_soon(batch)
             del works, batch  # what they hold on to may be gigabytes of a span that is given up
-        while works := self._scheduler.next_batch():  # nothing is added any more
-            for work in works:
-                work.item.error = ExecutorClosed("the device's thread ended before this began")
-            self._deliver_soon([work.item for work in works])
+        for queue in (self._own, self._scheduler):
+            while works := queue.next_batch():  # nothing is added any more
+                for work in works:
+                    work.item.error = ExecutorClosed("the device's thread ended before this began")
+                self._deliver_soon([work.item for work in works])
+
+    def _wait_batch(self) -> list[Work[_Pending]] | None:
+        """What the device does next, once there is some and it may; none when it is to end."""
+        with self._condition:
+            while not self._is_closed:
+                if works := self._own.next_batch():
+                    return works
+                rest_s = self._rest_s() if len(self._scheduler) else None
+                if rest_s == 0:
+                    self._is_resting = False
+                    return self._scheduler.next_batch()
+                if rest_s and not self._is_resting:
+                    self._is_resting = True
+                    self.rests += 1
+                self._condition.wait(rest_s)
+        return None
+
+    def _rest_s(self) -> float:
+        """How long peers' work has to wait still."""
+        if self._duty is None:
+            return 0.0
+        is_decode = self._scheduler.queued_tokens(Priority.DECODE) > 0
+        return self._duty.rest_s(time.perf_counter(), is_decode=is_decode)
 
     def close(self) -> None:
         """Tells the thread to end after the batch that it runs."""
@@ -245,14 +308,27 @@ def _deliver(batch: list[_Pending]) -> None:
 
 
 @asynccontextmanager
-async def open_executor(*, name: str, max_batch_tokens: int = 1024) -> AsyncIterator[Executor]:
+async def open_executor(
+    *,
+    name: str,
+    max_batch_tokens: int = 1024,
+    share: float = 1.0,
+    synchronise: Callable[[], None] = lambda: None,
+) -> AsyncIterator[Executor]:
     """Starts a device's thread, and ends it with the block.
 
     Args:
         name: of the device, for the thread's name.
         max_batch_tokens: the most rows in one batch of several sessions' steps.
+        share: the most of its time that peers' work takes.
+        synchronise: waits until the device has done what it was given.
     """
-    executor = Executor(trio.lowlevel.current_trio_token(), max_batch_tokens=max_batch_tokens)
+    executor = Executor(
+        trio.lowlevel.current_trio_token(),
+        max_batch_tokens=max_batch_tokens,
+        share=share,
+        synchronise=synchronise,
+    )
     thread = threading.Thread(target=executor.run_thread, name=f"petald-{name}", daemon=True)
     thread.start()
     try:

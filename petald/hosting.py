@@ -90,6 +90,7 @@ class SpanLoader:
         self._dtype = parse_dtype(config.dtype, self._device, quant=config.quant)
         self._stored = Checkpoint(identity.folder).stored
         self._speeds = speeds
+        self._speed: BlockSpeed | None = None
         self._key = speed_key(
             identity.config,
             device=self._device,
@@ -169,7 +170,11 @@ class SpanLoader:
         return fitting
 
     def has_room(self, start: int, end: int, *, beside: Hosting) -> bool:
-        """Whether another span fits into the memory that is free while one still serves."""
+        """Whether another span fits beside one that still serves, into what is free to be lent.
+
+        That is what the configuration leaves beside the old span; or else, as at the start, a part
+        of what is free: the machine has an owner.
+        """
         old = beside.span
         config, cache_tokens = self._identity.config, self._config.cache_tokens
         cache = CacheArena.bytes_per_block(config, capacity_tokens=cache_tokens, dtype=self._dtype)
@@ -177,7 +182,11 @@ class SpanLoader:
             cache if old.start <= block < old.end else self.block_bytes(block)
             for block in range(start, end)
         )
-        return new_bytes <= free_memory_bytes(self._device)
+        free_bytes = int(free_memory_bytes(self._device) * MEMORY_SHARE)
+        if self._config.memory_bytes:
+            taken_bytes = sum(self.block_bytes(block) for block in range(old.start, old.end))
+            free_bytes = min(free_bytes, self._config.memory_bytes - taken_bytes)
+        return new_bytes <= free_bytes
 
     async def load(self, start: int, end: int, *, beside: Span | None = None) -> Hosting:
         """Loads the blocks ``[start, end)``.
@@ -196,8 +205,10 @@ class SpanLoader:
         started_at = time.perf_counter()
         notify_status(f"loading blocks {start}:{end} of {name}")
         span, arena = await self._load_in_thread(start, end, beside)
-        speed = await self._executor.run(measure_speed, span, arena)
-        await trio.to_thread.run_sync(self._speeds.put, self._key, speed)
+        speed = self._speed
+        if speed is None or beside is None:  # else measuring would hold up who is served meanwhile
+            self._speed = speed = await self._executor.run(measure_speed, span, arena)
+            await trio.to_thread.run_sync(self._speeds.put, self._key, speed)
         if span.graphs_failure:
             log.warning("decode steps are not recorded", reason=span.graphs_failure)
         adapters = AdapterStore(

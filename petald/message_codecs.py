@@ -58,15 +58,19 @@ class MessageCodecs:
         self._preferred = preferred
         self.sent: Counter[str] = Counter()
 
-    def choose(self, rows_SD: torch.Tensor, asked: str, *, to: Sequence[str]) -> str:
+    def choose(
+        self, rows_SD: torch.Tensor, asked: str, *, to: Sequence[str], is_gradient: bool = False
+    ) -> str:
         """The codec for a message.
 
         Args:
             rows_SD: what it holds.
             asked: a codec, or `AUTO`.
             to: the peers to which it is sent; the slowest link counts.
+            is_gradient: they are no hidden states, and what is preferred for those says nothing.
         """
-        codec = self._preferred if asked == AUTO else asked
+        preferred = AUTO if is_gradient else self._preferred
+        codec = preferred if asked == AUTO else asked
         if codec == AUTO:
             codec = self._choose_best(rows_SD, to)
         self.sent[codec] += 1

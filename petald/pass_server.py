@@ -7,7 +7,7 @@ would not take: longer, of other blocks, or while it leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -95,6 +95,7 @@ class _PassStream:
     inbox_out: trio.MemoryReceiveChannel[Message] = field(init=False)
     active_at: float = field(default_factory=trio.current_time)
     is_busy: bool = False
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def __post_init__(self) -> None:
         # One request is computed, one waits to be, and one is being read: that keeps a device busy.
@@ -148,29 +149,23 @@ class PassServer:
         """How many are open."""
         return len(self._streams)
 
-    async def move(
-        self, passes: HostedPasses, adapters: AdapterStore, *, deadline_s: float
-    ) -> None:
-        """Takes new streams for another span from now on, and ends those that are open.
-
-        What is being computed is answered, if that takes no longer than ``deadline_s``. The clients
-        go elsewhere.
-        """
-        before = [one for one in self._streams if one.passes is not passes]
+    def switch(self, passes: HostedPasses, adapters: AdapterStore) -> None:
+        """Takes new streams for another span from now on; those that are open are refused more."""
         self._passes, self._adapters = passes, adapters
-        await self._end(before, deadline_s)
 
-    async def end_streams(self, *, deadline_s: float) -> None:
-        """Ends all open streams, as `move` does."""
-        await self._end(list(self._streams), deadline_s)
+    async def end_streams(self, *, deadline_s: float, is_all: bool = True) -> None:
+        """Ends the streams that are open, whose clients go elsewhere.
 
-    async def _end(self, streams: Sequence[_PassStream], deadline_s: float) -> None:
+        Args:
+            deadline_s: for what is being computed to be answered.
+            is_all: also those for the span that is served now.
+        """
+        streams = [one for one in self._streams if is_all or one.passes is not self._passes]
         with trio.move_on_after(deadline_s):
             while any(one.is_busy for one in streams):  # noqa: ASYNC110  # as in `drain`
                 await trio.sleep(0.05)
-        async with trio.open_nursery() as nursery:
-            for one in streams:
-                nursery.start_soon(one.client.abort)
+        for one in streams:
+            one.scope.cancel()
         while not self._streams.isdisjoint(streams):  # noqa: ASYNC110  # as they end
             await trio.sleep(0.01)
 
@@ -179,6 +174,11 @@ class PassServer:
         with trio.move_on_after(deadline_s):
             while self._running:  # noqa: ASYNC110  # several streams, and no hurry
                 await trio.sleep(0.05)
+
+    def cut_streams(self) -> None:
+        """Ends those that are left, at once; what is being computed on them ends with its block."""
+        for opened in self._streams:
+            opened.scope.cancel()
 
     async def serve_pass(self, stream: Stream) -> None:
         """Serves one client's passes, until it ends the stream."""
@@ -202,7 +202,8 @@ class PassServer:
                 return
             with log_context(peer=client.remote_peer):
                 try:
-                    await self._serve(opened)
+                    with opened.scope:
+                        await self._serve(opened)
                 except* P2PError as group:
                     for error in leaves(group):
                         log.info("pass broken", reason=str(error))
@@ -327,7 +328,9 @@ class PassServer:
         gradients, spent = await opened.passes.run_backward(
             read_work, peer=opened.client.remote_peer
         )
-        codec = self._choose_codec(opened, gradients.hidden_BSD, opened.request.gradient_codec)
+        codec = self._choose_codec(
+            opened, gradients.hidden_BSD, opened.request.gradient_codec, is_gradient=True
+        )
         gradient, of_adapter = await off_loop(
             _encode_gradients, gradients, codec, size_bytes=gradients.hidden_BSD.nbytes
         )
@@ -338,9 +341,11 @@ class PassServer:
             time=_hop_time(spent),
         )
 
-    def _choose_codec(self, opened: _PassStream, rows_BSD: torch.Tensor, asked: str) -> str:
-        client = opened.client.remote_peer
-        return self._codecs.choose(rows_BSD.flatten(0, 1), asked, to=[client])
+    def _choose_codec(
+        self, opened: _PassStream, rows_BSD: torch.Tensor, asked: str, *, is_gradient: bool = False
+    ) -> str:
+        to = [opened.client.remote_peer]
+        return self._codecs.choose(rows_BSD.flatten(0, 1), asked, to=to, is_gradient=is_gradient)
 
     async def _read_work(self, opened: _PassStream, request: RunForward | RunBackward) -> PassWork:
         sequences, tokens = request.sequences, request.tokens

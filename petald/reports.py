@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 from collections import Counter
@@ -22,6 +23,8 @@ from p2p.wire.control_messages import (
 from petald.config import Config
 from petald.control import Jobs
 from petald.devices import dtype_name
+from petald.lender import Lender
+from petald.lending import LEND
 from petald.local_model import LocalModels, ModelIdentity
 from petald.router import Router
 from petald.serving import Serving
@@ -38,9 +41,11 @@ class Reporter:
 
     Attributes:
         jobs: set once the control socket's jobs are made; their number is reported.
+        lender: of a daemon that serves; says whether it is paused.
     """
 
     jobs: Jobs | None = None
+    lender: Lender | None = None
 
     def __init__(
         self,
@@ -89,8 +94,22 @@ class Reporter:
                 for peer in self._network.connected_peers()[:4096]
             ),
             jobs=self.jobs.running if self.jobs else 0,
-            span=_span_status(self._serving) if self._serving else None,
+            span=self._span_status(),
             sent=self._sent(),
+        )
+
+    def _span_status(self) -> SpanStatus | None:
+        if self._serving is None:
+            return None
+        status = _span_status(self._serving)
+        decision = self.lender.decision if self.lender else LEND
+        if decision.lends:
+            return status
+        return dataclasses.replace(
+            status,
+            state="paused",
+            paused_why=decision.text,
+            resumes_in_s=decision.ends_in_s,
         )
 
     def _sent(self) -> tuple[CodecCount, ...]:

@@ -98,6 +98,7 @@ class Server:
         self.caches_received = 0
         self._sessions: dict[bytes, ServedSession] = {}
         self._opening: dict[bytes, str] = {}
+        self._running: dict[ServedSession, trio.CancelScope] = {}
         self._is_draining = False
         self._is_paused = False
         self._max_step_bytes = max_step_bytes(
@@ -149,27 +150,33 @@ class Server:
         self._is_draining = True
         await self._wait_moved(list(self._sessions.values()), deadline_s, idle_s)
 
-    async def move(
+    def switch(self, hosted: HostedSpan, adapters: AdapterStore) -> list[ServedSession]:
+        """Takes new sessions on another span from now on; gives those that are on the old one."""
+        before = list(self._sessions.values())
+        self.hosted, self.adapters = hosted, adapters
+        self._is_paused = False
+        return before
+
+    async def end_sessions(
         self,
-        hosted: HostedSpan,
-        adapters: AdapterStore,
+        sessions: Sequence[ServedSession] | None = None,
         *,
         deadline_s: float,
         idle_s: float = IDLE_S,
     ) -> None:
-        """Takes new sessions on another span from now on, and has those that are open move away.
+        """Has sessions move away, all by default; what they ran on is in no use then.
 
         Those that have not after ``deadline_s``, or do nothing, are ended: their clients find
-        another server when they need one. What they ran on is in no use when this returns.
+        another server when they need one.
         """
-        before = list(self._sessions.values())
-        self.hosted, self.adapters = hosted, adapters
-        self._is_paused = False
-        await self._give_up(before, deadline_s, idle_s)
+        leaving = list(self._sessions.values()) if sessions is None else sessions
+        await self._give_up(leaving, deadline_s, idle_s)
 
-    async def end_sessions(self, *, deadline_s: float, idle_s: float = IDLE_S) -> None:
-        """Has all open sessions move away, and ends those that have not, as `move` does."""
-        await self._give_up(list(self._sessions.values()), deadline_s, idle_s)
+    def cut_sessions(self) -> int:
+        """Ends those that are left, which their clients rebuild elsewhere; says how many."""
+        for running in self._running.values():
+            running.cancel()
+        return len(self._running)
 
     async def serve_session(self, stream: Stream) -> None:
         """Serves one session, from its client's stream."""
@@ -184,12 +191,13 @@ class Server:
             name = session.request.session
             with log_context(session=name.hex()[:8], peer=client.remote_peer):
                 try:
-                    await session.run()
+                    with trio.CancelScope() as self._running[session]:
+                        await session.run()
                 except* P2PError as group:
                     for error in leaves(group):
                         log.info("session broken", reason=str(error))
                 finally:
-                    del self._sessions[name]
+                    del self._sessions[name], self._running[session]
                     await session.hosted.close_cache(session.cache)
 
     async def _give_up(
@@ -198,9 +206,9 @@ class Server:
         """Has sessions move away, and ends those that have not; nothing runs on them then."""
         await self._wait_moved(sessions, deadline_s, idle_s)
         left = set(sessions).intersection(self._sessions.values())
-        async with trio.open_nursery() as nursery:
-            for session in left:
-                nursery.start_soon(session.client.abort)
+        for session in left:
+            if session in self._running:
+                self._running[session].cancel()
         # Not by their names, under which their clients may open others at once.
         while not left.isdisjoint(self._sessions.values()):  # noqa: ASYNC110  # as they end
             await trio.sleep(0.01)

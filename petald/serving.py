@@ -134,6 +134,17 @@ class Serving:
             nursery.start_soon(partial(self._pass_server.drain, deadline_s=deadline_s))
             await self.server.drain(deadline_s=deadline_s)
 
+    def end_all(self) -> int:
+        """Ends the sessions and passes that are left; says how many sessions."""
+        self._pass_server.cut_streams()
+        return self.server.cut_sessions()
+
+    @property
+    def description(self) -> str:
+        """What it does, for the service manager."""
+        span = self.hosting.span
+        return f"serving blocks {span.start}:{span.end} of {self.identity.name}"
+
     async def prepare(self, start: int, end: int) -> Hosting | None:
         """Loads other blocks beside those that are served; none where memory does not allow both.
 
@@ -174,25 +185,20 @@ class Serving:
             hosting = await self._load_in_place(start, end, on_changed, deadline_s)
         before, self.hosting = self.hosting, hosting
         self.claim = None
+        sessions = self.server.switch(hosting.hosted, hosting.adapters)
+        self._pass_server.switch(hosting.passes, hosting.adapters)
+        await on_changed()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(
-                partial(
-                    self._pass_server.move,
-                    hosting.passes,
-                    hosting.adapters,
-                    deadline_s=deadline_s,
-                )
-            )
-            nursery.start_soon(
-                partial(self.server.move, hosting.hosted, hosting.adapters, deadline_s=deadline_s)
-            )
-            await on_changed()
+            end_streams = partial(self._pass_server.end_streams, is_all=False)
+            nursery.start_soon(partial(end_streams, deadline_s=deadline_s))
+            nursery.start_soon(partial(self.server.end_sessions, sessions, deadline_s=deadline_s))
+        del sessions
         log.info(
             "moved",
             before=f"{before.span.start}:{before.span.end}",
             blocks=f"{hosting.span.start}:{hosting.span.end}",
         )
-        notify_status(f"serving blocks {start}:{end} of {self.identity.name}")
+        notify_status(self.description)
 
     async def _load_in_place(
         self, start: int, end: int, on_changed: Callable[[], Awaitable[None]], deadline_s: float
@@ -219,8 +225,8 @@ class Serving:
             except KernelError as error:
                 forget_frames(error)  # they hold what was loaded, and there may be no room for both
                 self.hosting = again = await self._loader.load(*before, beside=old.span)
-                await self.server.move(again.hosted, again.adapters, deadline_s=0)
-                await self._pass_server.move(again.passes, again.adapters, deadline_s=0)
+                self.server.switch(again.hosted, again.adapters)
+                self._pass_server.switch(again.passes, again.adapters)
                 self._is_between = False
                 await on_changed()
                 raise

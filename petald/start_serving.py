@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import trio
@@ -36,6 +36,29 @@ from petald.speed_cache import SpeedCache
 log = get_logger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """A server that is ready.
+
+    Attributes:
+        serving: the server.
+        announcer: of it.
+        mover: moves it where the swarm needs it; none where its blocks were configured.
+    """
+
+    serving: Serving
+    announcer: Announcer
+    mover: Mover | None
+
+    async def begin(self, nursery: trio.Nursery) -> None:
+        """Announces it as what it is from now on, and lets it move."""
+        self.announcer.speak_for(self.serving.make_announcement)
+        await self.announcer.publish()
+        notify_status(self.serving.description)
+        if self.mover is not None:
+            nursery.start_soon(self.mover.run)
+
+
 async def load_serving(
     config: ServeConfig,
     *,
@@ -47,11 +70,10 @@ async def load_serving(
     speeds: SpeedCache,
     rng: random.Random,
     nursery: trio.Nursery,
-) -> tuple[Serving, Announcer]:
+) -> Started:
     """Chooses the span, loads it, measures it, and takes sessions from then on.
 
-    While it is being loaded, it is announced as a claim; if it was chosen here, the server moves
-    later where the swarm needs it more.
+    While it is being loaded, it is announced as a claim, and so until `Started.begin`.
 
     Args:
         config: what to serve, and how.
@@ -98,9 +120,7 @@ async def load_serving(
     hosting = await loader.load(start, end)
     serving = _begin(config, identity, loader, hosting, network, codecs, own)
     del hosting  # it is to be freed when the server moves
-    announcer.speak_for(serving.make_announcement)
-    await announcer.publish()
-    notify_status(f"serving blocks {start}:{end} of {identity.name}")
+    mover = None
     if capacity is not None:
         mover = Mover(
             serving,
@@ -111,8 +131,7 @@ async def load_serving(
             settings=MoveSettings(),
             rng=rng,
         )
-        nursery.start_soon(mover.run)
-    return serving, announcer
+    return Started(serving=serving, announcer=announcer, mover=mover)
 
 
 async def _choose_model(

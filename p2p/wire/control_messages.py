@@ -71,12 +71,15 @@ class SpanStatus:
     """The span that this daemon hosts.
 
     Attributes:
-        state: ``moving`` (between two spans), ``serving`` or ``draining``.
+        state: ``moving`` (between two spans), ``serving``, ``draining`` or
+            ``paused``.
         quant: the weight format.
         weight_bytes: the memory that its weights take.
         cache_tokens: the arena's size; ``free_cache_tokens`` of it are promised to nobody.
         sessions: open now.
         steps: done since the start, decode and prefill apart.
+        paused_why: while it is paused, why: a clause, as "it" is the server.
+        resumes_in_s: when it comes back by itself, where that is known.
     """
 
     model: ModelName
@@ -93,6 +96,8 @@ class SpanStatus:
     sessions: Count
     decode_steps: Count
     prefill_steps: Count
+    paused_why: Text = ""
+    resumes_in_s: Seconds | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -389,32 +394,56 @@ class SessionClosed(Message):
     job: JobNumber
 
 
-@message("drain")
+@message("pause")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drain(Message):
-    """Takes this daemon's server out of the swarm, or back into it; answered with `Drained`.
+class Pause(Message):
+    """Takes this daemon's server out of the swarm for its owner's sake; answered with `Paused`.
+
+    Its sessions move to others, and it takes no new ones.
 
     Attributes:
-        within_s: how long sessions have to move; those that are left are cut off by nobody, and go
-            on until the daemon stops.
-        undo: take sessions again instead.
+        for_s: how long; none until `Resume`.
+        within_s: how long sessions have to move before those that are left are ended; none lets
+            the daemon's configuration say.
     """
 
     job: JobNumber
-    within_s: Seconds = 60.0
-    undo: bool = False
+    for_s: Seconds | None = None
+    within_s: Seconds | None = None
 
 
-@message("drained")
+@message("paused")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drained(Message):
-    """How far it went.
+class Paused(Message):
+    """No session of the server is in use any more, or their time is over.
 
     Attributes:
         sessions: that were open when it began.
-        left: that are open still.
+        left: of them, those that did not move: idle, or with nobody to go to. They are ended when
+            the time is over; their clients rebuild them.
     """
 
     job: JobNumber
     sessions: Count
     left: Count
+
+
+@message("resume")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume(Message):
+    """Ends the owner's pause; answered with `Resumed`."""
+
+    job: JobNumber
+
+
+@message("resumed")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumed(Message):
+    """The owner's pause is over.
+
+    Attributes:
+        paused_why: why the server is not back all the same; empty where it is.
+    """
+
+    job: JobNumber
+    paused_why: Text = ""

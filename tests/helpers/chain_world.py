@@ -80,6 +80,7 @@ class Swarm:
         self.client = hub.make_network("client")
         self.networks: list[MemoryNetwork] = []
         self.servers: list[Server] = []
+        self.pass_servers: list[PassServer] = []
         self.codecs: list[MessageCodecs] = []
         self.hosted: list[HostedSpan] = []
         self.stores: list[AdapterStore] = []
@@ -124,13 +125,15 @@ class Swarm:
             network, hosted, fingerprint=MODEL, config=config, adapters=store, codecs=codecs
         )
         server.start()
-        PassServer(
+        pass_server = PassServer(
             network,
             HostedPasses(span, executor, pass_bytes=config.pass_bytes),
             adapters=store,
             fingerprint=MODEL,
             config=config,
-        ).start()
+            is_draining=lambda: server.is_draining,
+        )
+        pass_server.start()
         serve_push = network.handlers[PUSH_PROTOCOL]
 
         async def count(stream) -> None:  # type: ignore[no-untyped-def]
@@ -140,6 +143,7 @@ class Swarm:
         network.set_handler(PUSH_PROTOCOL, count)
         self.networks.append(network)
         self.servers.append(server)
+        self.pass_servers.append(pass_server)
         self.codecs.append(codecs)
         self.hosted.append(hosted)
         self.stores.append(store)

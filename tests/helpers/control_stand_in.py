@@ -28,8 +28,12 @@ from p2p.wire.control_messages import (
     GenerateDone,
     JobFailed,
     ModelSwarm,
+    Pause,
+    Paused,
     PeerStatus,
     Progress,
+    Resume,
+    Resumed,
     ServerStatus,
     SessionClosed,
     SpanStatus,
@@ -302,6 +306,10 @@ def answer_everything(conversation: Conversation) -> None:
             conversation.send(done(request.job, texts))
         elif isinstance(request, CloseSession):
             conversation.send(SessionClosed(job=request.job))
+        elif isinstance(request, Pause):
+            conversation.send(Paused(job=request.job, sessions=3, left=1))
+        elif isinstance(request, Resume):
+            conversation.send(Resumed(job=request.job))
 
 
 def refuse_everything(conversation: Conversation) -> None:

@@ -88,6 +88,7 @@ class DaemonWorld:
         adapter: JobAdapter = NO_ADAPTER,
         kept: KeptSession | None = None,
         session: str = "",
+        max_wait_s: float = 0.0,
     ) -> tuple[GenerateDone, KeptSession]:
         job = GenerationJob(
             Generate(job=1, prompt_tokens=tuple(prompt), max_new_tokens=count, session=session),
@@ -96,7 +97,7 @@ class DaemonWorld:
             executor=self.executor,
             send=self.send,
             started_at=trio.current_time(),
-            max_wait_s=0.0,
+            max_wait_s=max_wait_s,
             adapter=adapter,
         )
         kept = await job.open_session(self.swarm.nursery, kept)

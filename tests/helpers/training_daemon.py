@@ -89,7 +89,13 @@ class TrainingDaemon:
                     gradient_codec="raw",
                 )
                 parts: Any = dict.fromkeys(
-                    ("report_status", "report_swarm", "make_generation", "drain", "hidden")
+                    (
+                        "report_status",
+                        "report_swarm",
+                        "make_generation",
+                        "pause_or_resume",
+                        "hidden",
+                    )
                 )
                 jobs = Jobs(
                     training=TrainingJobs(models, router, world.links, max_wait_s=1.0), **parts

@@ -229,3 +229,16 @@ def test_odd_values_are_taken_or_refused(family: str) -> None:
                 continue
             assert config.num_heads % config.num_kv_heads == 0
             assert all(math.prod(shape) > 0 for shape in block_shapes(config, 0).values())
+
+
+def test_what_only_other_families_have_changes_nothing() -> None:
+    raw: dict[str, Any] = {
+        "model_type": "llama",
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
+    plain = parse_model_config(raw)
+    assert parse_model_config({**raw, "query_pre_attn_scalar": 9, "has_kept_norms": True}) == plain

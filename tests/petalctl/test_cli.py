@@ -5,11 +5,20 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from p2p.wire.control_messages import Generate, Turn
+from p2p.wire.control_messages import (
+    Generate,
+    JobFailed,
+    Pause,
+    Resume,
+    Resumed,
+    StatusRequest,
+    Turn,
+)
 from petalctl.cli import main
 from tests.helpers.control_stand_in import (
     CHAIN,
@@ -19,6 +28,7 @@ from tests.helpers.control_stand_in import (
     pieces,
     refuse_everything,
     run_stand_in,
+    status_report,
 )
 
 Run = Callable[..., tuple[int, str, str]]
@@ -320,3 +330,108 @@ def test_a_chat_keeps_its_adapter(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         assert run("--socket", daemon.path, "chat", "--adapter", "poet")[0] == 0
         asked = [each for each in daemon.received if isinstance(each, Generate)]
         assert [each.adapter for each in asked] == ["poet", "poet"]
+
+
+@pytest.mark.parametrize(
+    ("words", "for_s", "within_s"),
+    [
+        ("", None, None),
+        ("for 2h", 7200, None),
+        ("for 1h30m", 5400, None),
+        ("for 1h 30min --within 5", 5400, 5),
+        ("for 90s", 90, None),
+        ("for 1.5d", 129600, None),
+    ],
+)
+def test_pause_says_how_long_and_what_next(
+    run: Run, words: str, for_s: float | None, within_s: float | None
+) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        status, out, err = run("--socket", daemon.path, "pause", *words.split())
+        assert (status, err) == (0, "")
+        assert daemon.received == [Pause(job=1, for_s=for_s, within_s=within_s)]
+        assert "petalctl resume" in out
+        assert ("until" in out.splitlines()[0]) is (for_s is not None)
+        assert "2 of 3 sessions moved" in out
+        assert "1 did not" in out
+        status, out, _ = run("--socket", daemon.path, "pause", *words.split(), "--json")
+        assert json.loads(out) == {"sessions": 3, "left": 1, "for_s": for_s}
+
+
+def test_pause_until_a_time_of_the_day(run: Run) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        status, out, _ = run("--socket", daemon.path, "pause", "until", "08:00")
+        (request,) = daemon.received
+    assert status == 0
+    assert isinstance(request, Pause)
+    assert request.for_s is not None
+    assert 0 < request.for_s <= 25 * 3600  # a night may have an hour more
+    assert "paused until 08:00;" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("2h", "for", "for ever", "for 2", "for 0s", "for 400d", "for 1h2x", "for 2h until 08:00"),
+        *("until", "until 24:00", "until 8", "until 08:60", "till 08:00"),
+    ],
+)
+def test_a_pause_that_does_not_say_how_long_is_refused(
+    run: Run, tmp_path: Path, words: str
+) -> None:
+    status, out, err = run("--socket", tmp_path / "none", "pause", *words.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "for 2h" in err
+    status, out, err = run("--socket", tmp_path / "none", "pause", *words.split(), "--json")
+    assert (status, err, json.loads(out)["error"]["code"]) == (2, "", "usage")
+
+
+def test_resume_says_whether_the_server_is_back(run: Run) -> None:
+    with run_stand_in(answer_everything) as daemon:
+        assert run("--socket", daemon.path, "resume") == (
+            0,
+            "this server takes sessions again\n",
+            "",
+        )
+        status, out, _ = run("--socket", daemon.path, "resume", "--json")
+        assert (status, json.loads(out)) == (0, {"lends": True, "paused_why": ""})
+
+    def stay_away(conversation: Conversation) -> None:
+        while (request := conversation.receive()) is not None:
+            assert isinstance(request, Resume)
+            conversation.send(Resumed(job=request.job, paused_why="others are \x1b[31m busy"))
+
+    with run_stand_in(stay_away) as daemon:
+        status, out, err = run("--socket", daemon.path, "resume")
+        assert (status, out) == (1, "")
+        assert "others are ␛[31m busy" in err
+        assert "max_load" in err
+        assert run("--socket", daemon.path, "resume", "--json")[0] == 1
+
+
+@pytest.mark.parametrize("command", ["pause", "resume"])
+def test_a_daemon_that_does_not_serve_says_so(run: Run, command: str) -> None:
+    def refuse(conversation: Conversation) -> None:
+        while (request := conversation.receive()) is not None:
+            text = "this daemon serves no blocks; there is nothing to pause"
+            conversation.send(JobFailed(job=request.job, code="bad_request", text=text))  # type: ignore[attr-defined]
+
+    with run_stand_in(refuse) as daemon:
+        status, out, err = run("--socket", daemon.path, command)
+    assert (status, out) == (1, "")
+    assert "serves no blocks" in err
+
+
+def test_status_says_why_a_server_is_paused(run: Run) -> None:
+    def answer(conversation: Conversation) -> None:
+        request = conversation.receive()
+        assert isinstance(request, StatusRequest)
+        report = status_report(request.job)
+        assert report.span is not None
+        why = {"paused_why": "its owner paused it", "resumes_in_s": 7200.0}
+        conversation.send(replace(report, span=replace(report.span, state="paused", **why)))
+        conversation.receive()
+
+    with run_stand_in(answer) as daemon:
+        _, out, _ = run("--socket", daemon.path, "status")
+    assert "serves      tiny, blocks 0:2, paused\n            its owner paused it; for 2 h" in out

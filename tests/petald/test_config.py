@@ -159,7 +159,7 @@ def test_print_config_reads_back_as_the_defaults(tmp_path, capsys):
     text = capsys.readouterr().out
     assert parse_file(tmp_path, text) == parse_arguments([])
     document = tomllib.loads(text)
-    assert list(document) == ["daemon", "network", "serve", "route"]
+    assert list(document) == ["daemon", "network", "serve", "lend", "route"]
     assert "socket" not in document["daemon"]  # as a comment: another machine has another
     assert "# socket = " in text
 

@@ -60,7 +60,7 @@ async def open_socket(world: DaemonWorld) -> AsyncIterator[Path]:
             report_status=not_asked,
             report_swarm=not_asked,
             make_generation=not_asked,
-            drain=not_asked,
+            pause_or_resume=not_asked,
             training=TrainingJobs(models, world.router, links, max_wait_s=0.0),
             hidden=HiddenSessions(models, world.router, max_wait_s=0.0),
         )

@@ -242,8 +242,7 @@ async def test_streams_of_passes_end_and_can_be_opened_for_the_new_blocks(
         assert isinstance(await before.receive(), PassOpened)
         gone = weakref.ref(mover.serving.hosting.span.block(0))
         await mover.move(2, 4)
-        with pytest.raises(Exception, match=r"broke|gone|abort"):
-            await before.receive()
+        assert await before.receive() is None
         gc.collect()
         assert gone() is None
         after = await ask(2, 4)

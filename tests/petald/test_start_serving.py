@@ -39,14 +39,12 @@ CONFIG = ServeConfig(cache_tokens=256, memory_bytes=1 << 30)
 
 
 @asynccontextmanager
-async def start(
-    hub: MemoryHub, config: ServeConfig, folder: Path
-) -> AsyncIterator[tuple[Serving, Announcer]]:
+async def start(hub: MemoryHub, config: ServeConfig, folder: Path) -> AsyncIterator[Serving]:
     network = hub.make_network()
     directory = Directory(network)
     router = Router(network, directory, RouteConfig())
     async with open_executor(name="cpu") as executor, trio.open_nursery() as nursery:
-        yield await load_serving(
+        started = await load_serving(
             config,
             network=network,
             directory=directory,
@@ -57,6 +55,8 @@ async def start(
             rng=random.Random(0),
             nursery=nursery,
         )
+        await started.begin(nursery)
+        yield started.serving
         nursery.cancel_scope.cancel()
 
 
@@ -85,7 +85,7 @@ async def test_of_several_models_the_one_that_needs_it_is_taken(
     config = replace(CONFIG, models=tuple(map(str, folders.values())))
     async with open_memory_hub() as hub:
         await announce(hub, folders[served])
-        async with start(hub, config, tmp_path) as (serving, _):
+        async with start(hub, config, tmp_path) as serving:
             assert serving.identity.folder == folders[wanted]
             span = serving.hosting.span
             assert (span.start, span.end) == (0, 4)  # all of it fits

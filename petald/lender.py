@@ -1,0 +1,236 @@
+"""Carries out what `petald.lending` decides: the server makes way for its owner, or is back.
+
+To make way is to leave the swarm as for good, but for the weights, which stay: no new sessions,
+others are told, and the sessions move, with their caches where that is quicker. What has not moved
+when its time is over is ended; its client has all that is needed to rebuild it, here too when this
+server comes back. The daemon goes on routing for its own apps. Invariant: the server takes sessions
+exactly while the last decision was to lend.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+
+from p2p.wire.control_messages import Pause as PauseRequest
+from p2p.wire.control_messages import Paused, Resume, Resumed
+from petald.announcer import Announcer
+from petald.config import LendConfig
+from petald.errors import BadRequest
+from petald.lending import LEND, Decision, Lending, Pause
+from petald.log import get_logger
+from petald.notify import notify_status
+from petald.owner_load import Meter
+from petald.serving import Serving
+
+log = get_logger(__name__)
+
+PAUSE_FILE = "pause.json"
+"""In the state folder: the owner's pause outlives the daemon."""
+
+
+@dataclass(eq=False, slots=True)
+class _Leaving:
+    """One time that the server makes way.
+
+    Attributes:
+        scope: round what moves the sessions.
+        has_settled: when none is in use any more.
+        left: how many did not move until then.
+    """
+
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    has_settled: trio.Event = field(default_factory=trio.Event)
+    left: int = 0
+
+
+class Lender:
+    """Makes a server come and go.
+
+    Args:
+        config: when to lend.
+        serving: the server, which is not announced before `run` has started.
+        announcer: says that it leaves, and that it is back.
+        meter: what others use of its device; none where that is not to be looked at.
+        state_dir: where the owner's pause is kept.
+        wall_clock: seconds since the epoch.
+
+    Attributes:
+        decision: what is so now.
+        times_left: how often it made way.
+        times_returned: how often it came back.
+    """
+
+    def __init__(
+        self,
+        config: LendConfig,
+        serving: Serving,
+        announcer: Announcer,
+        *,
+        meter: Meter | None,
+        state_dir: Path,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._serving = serving
+        self._announcer = announcer
+        self._meter = meter
+        self._pause_file = state_dir / PAUSE_FILE
+        self._wall_clock = wall_clock
+        self._lending = Lending(config, load_pause(self._pause_file, wall_clock()))
+        self._scope = trio.CancelScope()
+        self._leaving = _Leaving()
+        self._changed = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._is_announced = False
+        self.decision: Decision = LEND
+        self.times_left = 0
+        self.times_returned = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Comes and goes until `end`; started once it is decided whether to begin with serving."""
+        with self._scope:
+            async with trio.open_nursery() as self._nursery:
+                self._follow(self._decide())
+                self._is_announced = True
+                task_status.started()
+                sampled_at = trio.current_time()
+                while True:
+                    await self._wait(sampled_at)
+                    now = trio.current_time()
+                    if self._meter is not None and now >= sampled_at + self._lending.sample_s:
+                        load = await self._meter.read()
+                        self._lending.on_sample(load, now - sampled_at)
+                        sampled_at = now
+                    self._follow(self._decide())
+
+    def end(self) -> None:
+        """Leaves the server to whoever stops the daemon."""
+        self._scope.cancel()
+
+    async def pause(self, request: PauseRequest) -> Paused:
+        """The owner's pause; returns when no session is in use any more, or none is left.
+
+        Raises:
+            BadRequest: the daemon is stopping.
+        """
+        if self._scope.cancel_called:
+            raise BadRequest("this daemon is stopping; its sessions move already")
+        before = self._serving.server.sessions
+        until = None if request.for_s is None else self._wall_clock() + request.for_s
+        self._lending.on_pause(until)
+        save_pause(self._pause_file, self._lending.pause)
+        within_s = self._config.yield_within_s if request.within_s is None else request.within_s
+        self._follow(self._decide())
+        self._changed.set()
+        leaving = self._leave(within_s)
+        await leaving.has_settled.wait()
+        return Paused(job=request.job, sessions=max(before, leaving.left), left=leaving.left)
+
+    async def resume(self, request: Resume) -> Resumed:
+        """The end of the owner's pause."""
+        await trio.lowlevel.checkpoint()
+        self._lending.on_resume()
+        save_pause(self._pause_file, None)
+        if not self._scope.cancel_called:
+            self._follow(self._decide())
+            self._changed.set()
+        return Resumed(job=request.job, paused_why=self.decision.text)
+
+    def _decide(self) -> Decision:
+        return self._lending.decide(datetime.fromtimestamp(self._wall_clock(), UTC).astimezone())
+
+    async def _wait(self, sampled_at: float) -> None:
+        """Until something may be otherwise."""
+        wait_s = self.decision.check_in_s
+        if self._meter is not None:
+            next_at = sampled_at + self._lending.sample_s
+            wait_s = min(wait_s, max(0.0, next_at - trio.current_time()))
+        with trio.move_on_after(wait_s):
+            await self._changed.wait()
+        self._changed = trio.Event()
+
+    def _follow(self, decision: Decision) -> None:
+        """Makes a decision so."""
+        before, self.decision = self.decision, decision
+        if decision.text == before.text:
+            return
+        if decision.lends:
+            self._leaving.scope.cancel()
+            self._serving.server.accept_again()
+            self._announcer.announce_soon()
+            self.times_returned += 1
+            log.info("lending again")
+            notify_status(self._serving.description)
+            return
+        log.info("not lending", why=decision.why, reason=decision.text)
+        notify_status(f"paused: {decision.text}")
+        if before.lends:
+            self.times_left += 1
+            self._serving.server.stop_accepting()
+            if self._is_announced:
+                self._leave(self._config.yield_within_s)
+
+    def _leave(self, within_s: float) -> _Leaving:
+        """Begins to move the sessions; a move that was begun before has this time now."""
+        assert self._nursery is not None
+        self._leaving.scope.cancel()
+        self._leaving = _Leaving()
+        self._nursery.start_soon(self._move_sessions, self._leaving, within_s)
+        return self._leaving
+
+    async def _move_sessions(self, leaving: _Leaving, within_s: float) -> None:
+        """Moves what is in use; ends what is left when the time is over, idle or not."""
+        ends_at = trio.current_time() + within_s
+        with leaving.scope:
+            try:
+                await self._announcer.withdraw()
+                if not leaving.scope.cancel_called:  # a drain refuses sessions, however short
+                    await self._serving.drain(deadline_s=max(0.0, ends_at - trio.current_time()))
+            finally:
+                leaving.left = self._serving.server.sessions
+                leaving.has_settled.set()
+            log.info("sessions moved", left=leaving.left)
+            await trio.sleep_until(ends_at)
+            log.info("sessions ended", sessions=self._serving.end_all())
+
+
+def load_pause(path: Path, now: float) -> Pause | None:
+    """The owner's pause as it was left; none where there is none, or it is over.
+
+    What cannot be read counts as a pause without an end: `petalctl resume` ends it.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        log.warning("the owner's pause cannot be read", path=str(path), reason=str(error))
+        return Pause()
+    try:
+        until = json.loads(text)["until"]
+        pause = Pause(None if until is None else float(until))
+    except (ValueError, TypeError, KeyError):
+        log.warning("the owner's pause cannot be read", path=str(path), reason="it is no JSON")
+        return Pause()
+    return pause if pause.until is None or pause.until > now else None
+
+
+def save_pause(path: Path, pause: Pause | None) -> None:
+    """Keeps the owner's pause, or forgets it; where that fails, it does not outlive the daemon."""
+    try:
+        if pause is None:
+            path.unlink(missing_ok=True)
+            return
+        unfinished = path.with_name(f".{path.name}.new")
+        unfinished.write_text(json.dumps({"until": pause.until}), "utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        log.warning("the owner's pause cannot be kept", path=str(path), reason=str(error))

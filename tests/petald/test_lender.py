@@ -1,0 +1,284 @@
+"""A server that makes way for its owner and comes back: real blocks, a network in memory."""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from kernels.checkpoint import Checkpoint
+from p2p.directory import Directory
+from p2p.wire.control_messages import Generated, Pause, Resume
+from p2p.wire.message import Message
+from petald.announcer import Announcer
+from petald.config import LendConfig
+from petald.errors import BadRequest
+from petald.lender import PAUSE_FILE, Lender, load_pause
+from petald.lending import Why
+from petald.serving import Serving
+from petald.swarm import ServerState
+from tests.helpers.daemon_world import DaemonWorld, open_daemon_world
+from tests.helpers.tiny_models import make_model, save_model
+
+PROMPT = [5, 17, 3, 88, 42, 9]
+TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint(save_model(make_model("llama"), tmp_path_factory.mktemp("tiny")))
+
+
+class Load:
+    """A meter whose needle is set by hand."""
+
+    def __init__(self, share: float = 0.0) -> None:
+        self.share = share
+
+    async def read(self) -> float | None:
+        await trio.lowlevel.checkpoint()
+        return self.share
+
+
+class Clock:
+    """Seconds since the epoch, moved by hand."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+        self.looks = 0
+
+    def __call__(self) -> float:
+        self.looks += 1
+        return time.time() + self.ahead_s
+
+
+@asynccontextmanager
+async def run_lender(
+    world: DaemonWorld, number: int, config: LendConfig, folder: Path, **changes: Any
+) -> AsyncIterator[Lender]:
+    """A lender for one server of the world, which it announces."""
+    swarm = world.swarm
+    serving = Serving(
+        identity=world.identity,
+        hosted=swarm.hosted[number],
+        server=swarm.servers[number],
+        pass_server=swarm.pass_servers[number],
+        network=swarm.networks[number],
+        step_ms=1.0,
+    )
+    announcer = Announcer(
+        Directory(swarm.networks[number]), serving.make_announcement, rng=random.Random(0)
+    )
+    lender = Lender(config, serving, announcer, **{"meter": None, "state_dir": folder, **changes})
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lender.run)
+        await nursery.start(announcer.run)
+        yield lender
+        lender.end()
+        nursery.cancel_scope.cancel()
+
+
+def make_folder(parent: Path, name: str) -> Path:
+    (parent / name).mkdir()
+    return parent / name
+
+
+async def states(world: DaemonWorld) -> list[ServerState]:
+    """As the client's daemon sees the servers."""
+    view = await world.router.read_view(world.identity, max_age_s=0.0)
+    peers = [network.peer for network in world.swarm.networks]
+    said = {server.peer: server.announcement.state for server in view.servers}
+    return [said[peer] for peer in peers]
+
+
+async def wait_until(is_so: Any) -> None:
+    with trio.fail_after(20):
+        while not is_so():  # noqa: ASYNC110  # nothing tells of it
+            await trio.sleep(0.005)
+
+
+def count_tokens(sent: list[Message]) -> int:
+    return sum(len(message.tokens) for message in sent if isinstance(message, Generated))
+
+
+async def test_a_pause_moves_a_generation_and_a_resume_brings_the_server_back(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    async with (
+        open_daemon_world(checkpoint, tmp_path, (0, 4), (0, 4)) as world,
+        run_lender(world, 0, LendConfig(), make_folder(tmp_path, "0")) as first,
+        run_lender(world, 1, LendConfig(), make_folder(tmp_path, "1")) as second,
+    ):
+        results: list[Any] = []
+
+        async def generate() -> None:
+            results.append((await world.generate(PROMPT, TOKENS))[0])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate)
+            await wait_until(lambda: count_tokens(world.sent) > 5)
+            leaver = [server.sessions for server in world.swarm.servers].index(1)
+            lender = (first, second)[leaver]
+            paused = await lender.pause(Pause(job=3))
+            assert (paused.job, paused.sessions, paused.left) == (3, 1, 0)
+            assert world.swarm.servers[leaver].sessions == 0
+            assert not results
+        assert list(results[0].tokens) == world.expected_tokens(PROMPT, TOKENS)
+        assert "leaving" in [move.reason for move in results[0].moves]
+        assert (lender.decision.why, lender.times_left) == (Why.OWNER, 1)
+        assert (await states(world))[leaver] == ServerState.LEAVING
+        resumed = await lender.resume(Resume(job=4))
+        assert (resumed.job, resumed.paused_why, lender.times_returned) == (4, "", 1)
+        with trio.fail_after(10):
+            while await states(world) != [ServerState.SERVING] * 2:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert not world.swarm.servers[leaver].is_draining
+
+
+async def test_what_nobody_else_can_run_goes_on_until_the_time_is_over_and_then_waits(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The session is ended for the owner's sake, and its answer is whole all the same."""
+    async with (
+        open_daemon_world(checkpoint, tmp_path, (0, 4), (0, 4)) as world,
+        run_lender(world, 0, LendConfig(), make_folder(tmp_path, "0")) as first,
+        run_lender(world, 1, LendConfig(), make_folder(tmp_path, "1")) as second,
+    ):
+        results: list[Any] = []
+
+        async def generate() -> None:
+            results.append((await world.generate(PROMPT, TOKENS, max_wait_s=30.0))[0])
+
+        await second.pause(Pause(job=1))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate)
+            await wait_until(lambda: count_tokens(world.sent) > 5)
+            paused = await first.pause(Pause(job=1, within_s=0.1))
+            assert (paused.sessions, paused.left) == (1, 1)
+            await wait_until(lambda: world.swarm.servers[0].sessions == 0)
+            made = count_tokens(world.sent)
+            assert 5 < made < TOKENS
+            await trio.sleep(0.1)
+            assert count_tokens(world.sent) <= made + 1
+            await second.resume(Resume(job=2))
+        assert list(results[0].tokens) == world.expected_tokens(PROMPT, TOKENS)
+
+
+async def test_a_load_makes_the_server_yield_and_its_end_brings_it_back(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Load(1.0)
+    config = LendConfig(max_load=0.5, busy_s=1.0, idle_s=1.0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        async with (
+            open_daemon_world(checkpoint, tmp_path, (0, 4)) as world,
+            run_lender(world, 0, config, tmp_path, meter=load) as lender,
+        ):
+            assert lender.decision.lends
+            await wait_until(lambda: not lender.decision.lends)
+            assert lender.decision.why is Why.LOAD
+            assert world.swarm.servers[0].is_draining
+            # The owner's word does not bring it back while others are busy, and it says so.
+            await lender.pause(Pause(job=1, for_s=600))
+            assert lender.decision.why is Why.OWNER
+            resumed = await lender.resume(Resume(job=2))
+            assert "more than 50%" in resumed.paused_why
+            load.share = 0.0
+            await wait_until(lambda: lender.decision.lends)
+            assert not world.swarm.servers[0].is_draining
+            assert (lender.times_left, lender.times_returned) == (1, 1)
+        said = [manager.recv(4096).decode() for _ in range(4)]
+    assert said[0].startswith("STATUS=paused: others use more than 50%")
+    assert said[1] == "STATUS=paused: its owner paused it"
+    assert said[3] == "STATUS=serving blocks 0:4 of tiny"
+
+
+async def test_a_pause_ends_in_time_and_outlives_the_daemon(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    clock = Clock()
+    async with open_daemon_world(checkpoint, tmp_path, (0, 4)) as world:
+        async with run_lender(world, 0, LendConfig(), tmp_path, wall_clock=clock) as lender:
+            await lender.pause(Pause(job=1, for_s=600))
+            assert lender.decision.ends_in_s == pytest.approx(600, abs=5)
+        async with run_lender(world, 0, LendConfig(), tmp_path, wall_clock=clock) as lender:
+            assert lender.decision.why is Why.OWNER
+            assert world.swarm.servers[0].is_draining
+            assert await states(world) == [ServerState.LEAVING]
+            clock.ahead_s = 600
+            await lender.pause(Pause(job=1, for_s=0.3))
+            await wait_until(lambda: lender.decision.lends)
+            assert not world.swarm.servers[0].is_draining
+        assert load_pause(tmp_path / PAUSE_FILE, clock()) is None
+        async with run_lender(world, 0, LendConfig(), tmp_path) as lender:
+            await lender.pause(Pause(job=1))
+            await lender.resume(Resume(job=2))
+            await lender.resume(Resume(job=3))
+            assert lender.decision.lends
+        assert not (tmp_path / PAUSE_FILE).exists()
+
+
+async def test_a_resume_in_the_midst_of_a_pause_leaves_the_server_serving(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    async with (
+        open_daemon_world(checkpoint, tmp_path, (0, 4)) as world,
+        run_lender(world, 0, LendConfig(), tmp_path) as lender,
+    ):
+        for pauses in range(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lender.pause, Pause(job=1))
+                for _ in range(pauses):
+                    await trio.lowlevel.checkpoint()
+                if lender.decision.lends:
+                    await wait_until(lambda: not lender.decision.lends)
+                await lender.resume(Resume(job=2))
+            assert lender.decision.lends
+            assert not world.swarm.servers[0].is_draining
+
+
+async def test_it_decides_now_and_then_only_and_not_while_the_daemon_stops(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    clock = Clock()
+    config = LendConfig(busy_s=10.0)
+    async with open_daemon_world(checkpoint, tmp_path, (0, 4)) as world:
+        changes = {"wall_clock": clock, "meter": Load()}
+        async with run_lender(world, 0, config, tmp_path, **changes) as lender:
+            await trio.sleep(0.5)
+            assert clock.looks <= 3
+            lender.end()
+            with pytest.raises(BadRequest, match="stopping"):
+                await lender.pause(Pause(job=1))
+            world.swarm.servers[0].stop_accepting()
+            await lender.resume(Resume(job=2))
+            assert world.swarm.servers[0].is_draining
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"until": "soon"}', "{}", "\0"])
+def test_a_pause_that_cannot_be_read_is_one_without_an_end(tmp_path: Path, text: str) -> None:
+    (tmp_path / PAUSE_FILE).write_text(text)
+    pause = load_pause(tmp_path / PAUSE_FILE, time.time())
+    assert pause is not None
+    assert pause.until is None
+
+
+async def test_a_pause_that_cannot_be_kept_is_one_all_the_same(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    async with (
+        open_daemon_world(checkpoint, tmp_path, (0, 4)) as world,
+        run_lender(world, 0, LendConfig(), tmp_path / "missing") as lender,
+    ):
+        await lender.pause(Pause(job=1))
+        assert not lender.decision.lends
