@@ -10,7 +10,7 @@ import math
 import torch
 
 from kernels.codecs.raw import view_as
-from kernels.codecs.rows import not_finite
+from kernels.codecs.rows import not_finite, store_values
 
 
 class CastCodec:
@@ -42,4 +42,9 @@ class CastCodec:
 
     def decode(self, data_SR: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
         """Bytes as rows."""
-        return view_as(data_SR, self._dtype).to(dtype)
+        cast_SD = view_as(data_SR, self._dtype)
+        if cast_SD.dtype == dtype:
+            return cast_SD
+        rows_SD = torch.empty(cast_SD.shape, dtype=dtype, device=cast_SD.device)
+        store_values(cast_SD.to(torch.float32), rows_SD)
+        return rows_SD
