@@ -153,14 +153,17 @@ class Mover:
             await self._finish(action)
 
     async def _load(self, action: StartMove) -> None:
+        failure: str | None = None
         with trio.CancelScope() as self._loading:
             try:
                 self._prepared = await self._serving.prepare(action.start, action.end)
             except KernelError as error:
-                await self._fail(str(error))
-                return
-            self._planner.on_loaded(trio.current_time())
-            self._wake.set()
+                failure = str(error)
+            else:
+                self._planner.on_loaded(trio.current_time())
+                self._wake.set()
+        if failure is not None:  # told outside of the scope, which telling it cancels
+            await self._fail(failure)
 
     async def _finish(self, action: FinishMove) -> None:
         prepared, self._prepared = self._prepared, None
