@@ -60,6 +60,8 @@ class MoveSettings:
             the delays by chance before a claim.
         look_s: between a claim and the first look at whether another was before it.
         drain_s: the cost of any move, as time of the server: sessions move to others.
+        scarcity: by so many times more, for each move that is spent ahead of the hourly ones: a
+            server that has just moved had better leave the next move to others.
         load_block_s: to load one block, of those that are new; also a cost.
         foresight_s: a gain is expected to last so long at least, from when it is seen first.
         min_gain: what the swarm must gain, in parts of what this server contributes; where it is
@@ -75,12 +77,13 @@ class MoveSettings:
     suppress_s: float = 3.0
     look_s: float = 10.0
     drain_s: float = 15.0
+    scarcity: float = 16.0
     load_block_s: float = 5.0
     foresight_s: float = 300.0
-    min_gain: float = 0.02
+    min_gain: float = 0.05
     rest_s: float = 300.0
     hourly: float = 1.0
-    burst: int = 2
+    burst: int = 3
     patience_s: float = 600.0
 
 

@@ -308,7 +308,7 @@ class MovePlanner:
         gain_WS = np.where(self._allowed(scores, load, SPARE), gain_WS, -1.0)
         since_s = min(now - self._looked_at, MOST_BETWEEN_LOOKS_S)
         self._looked_at = now
-        value_WS = gain_WS * settings.foresight_s - self._cost_s(scores)
+        value_WS = gain_WS * settings.foresight_s - self._cost_s(scores, now)
         best = self._best(value_WS, gain_WS > settings.min_gain)
         if best is None:
             self._forgone_s = 0.0
@@ -340,7 +340,7 @@ class MovePlanner:
             allowed_WS = allowed_WS & (starts <= first) & (starts + rows > last)
         return allowed_WS
 
-    def _cost_s(self, scores: SpanScores) -> Floats:
+    def _cost_s(self, scores: SpanScores, now: float) -> Floats:
         """What a move to each span costs, as time of this server."""
         settings = self._settings
         start, end = self._span
@@ -348,5 +348,7 @@ class MovePlanner:
         starts = np.arange(scores.worth_WS.shape[1])[None, :]
         kept_WS = np.minimum(starts + lengths, end) - np.maximum(starts, start)
         new_WS = lengths - np.maximum(kept_WS, 0)
-        cost_WS: Floats = settings.drain_s + settings.load_block_s * new_WS
+        ahead = max(0.0, self._spent_until - now) / 3600.0 * settings.hourly
+        drain_s = settings.drain_s * (1.0 + settings.scarcity * ahead)
+        cost_WS: Floats = drain_s + settings.load_block_s * new_WS
         return cost_WS

@@ -44,6 +44,10 @@ LOSS = 0.014
 its place yet: some 150 s (until it is forgotten, and others have looked, claimed and loaded) of
 three hours that a server stays where a third is replaced in an hour."""
 
+LONE_RUN = 4.0
+"""A server that is alone on blocks is so on about this many: half of a middling span. The loss of
+one such server is the loss of all that the swarm does."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpanScores:
@@ -91,12 +95,16 @@ def score_spans(load: BlockLoad, capacity: Capacity) -> SpanScores:
     gain_WL = need_L - _need(relative_L + (speed / bound / lengths)[:, None])
     gained_WS = _window_sums(gain_WL, ends_WS)
     need_WS = np.maximum(need_L.sum() - gained_WS, num_blocks * 1e-12)
-    uncovered_WL = np.broadcast_to(load.planned_L == 0, (fit, num_blocks)).astype(np.float64)
+    is_lone_L, is_empty_L = load.planned_L == 1, load.planned_L == 0
+    empty_WS = _counts(is_empty_L, ends_WS)
+    lone_WS = np.full_like(empty_WS, is_lone_L.sum())
+    lone_WS += empty_WS - _counts(is_lone_L, ends_WS)
     return SpanScores(
         worth_WS=(need_WS / num_blocks) ** (-1 / POWER)
         - FLOOR
-        - LOSS * _hole(speed / bound, lengths, num_blocks)[:, None],
-        newly_covered_WS=_window_sums(uncovered_WL, ends_WS),
+        - LOSS * _hole(speed / bound, lengths, num_blocks)[:, None]
+        - LOSS / LONE_RUN * lone_WS,
+        newly_covered_WS=empty_WS,
         is_possible_WS=is_possible_WS,
         share=speed / total,
     )
@@ -120,7 +128,10 @@ def gain_limit(load: BlockLoad, capacity: Capacity, span: tuple[int, int]) -> fl
     share, bound = speed / throughput_L.sum(), throughput_L.mean()
     lengths = np.array([end - start, max(capacity.fit, end - start)], np.float64)
     own_hole, least_hole = _hole(speed / bound, lengths, load.num_blocks)
-    risk = LOSS * (own_hole - least_hole) / share
+    planned_L = load.planned_L.copy()
+    planned_L[start:end] += 1
+    lone = np.count_nonzero(planned_L == 1) / LONE_RUN
+    risk = LOSS * (own_hole - least_hole + lone) / share
     return float(slope_L.max() - slope_L[start:end].mean() + risk)
 
 
@@ -145,6 +156,13 @@ def _windows(num_blocks: int, fit: int) -> tuple[Floats, Integers, Booleans]:
     lengths = np.arange(1, fit + 1)
     ends = np.arange(num_blocks)[None, :] + lengths[:, None]
     return lengths.astype(np.float64), np.minimum(ends, num_blocks), ends <= num_blocks
+
+
+def _counts(is_such_L: Booleans, ends_WS: Integers) -> Floats:
+    """How many such blocks each window has."""
+    sums = np.concatenate([[0.0], np.cumsum(is_such_L)])
+    counts: Floats = sums[ends_WS] - sums[:-1]
+    return counts
 
 
 def _window_sums(values_WL: Floats, ends_WS: Integers) -> Floats:

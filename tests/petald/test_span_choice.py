@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from petald.block_load import Capacity, read_load
 from petald.span_choice import AS_GOOD, ModelOffer, choose_model, choose_span
-from petald.span_scores import FLOOR, LOSS, POWER, gain_limit, score_spans
+from petald.span_scores import FLOOR, LONE_RUN, LOSS, POWER, gain_limit, score_spans
 from tests.helpers.placement_world import announcement, load_of, view_of
 
 spans = st.tuples(st.integers(0, 9), st.integers(1, 5), st.floats(0.1, 10.0)).map(
@@ -38,7 +38,11 @@ def plain_worth(
     start, end, speed = own
     left = max(0.0, 1 - speed / (end - start) / mean)
     hole = 1 - power_mean([left] * (end - start) + [1.0] * (num_blocks - end + start))
-    return power_mean([one / mean for one in throughput]) - LOSS * hole
+    servers = [
+        sum(one[0] <= block < one[1] for one in [*swarm, own]) for block in range(num_blocks)
+    ]
+    risk = LOSS * (hole + servers.count(1) / LONE_RUN)
+    return power_mean([one / mean for one in throughput]) - risk
 
 
 def typical_speed(swarm: list[tuple[int, int, float]]) -> float:
