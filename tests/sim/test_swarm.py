@@ -122,7 +122,8 @@ class SimulatedSwarm:
         await trio.sleep(rng.uniform(3, 20))
         network = self.hub.make_network(f"client {number}")
         directory = Directory(network, wall_clock=trio.current_time)
-        router = Router(network, directory, RouteConfig())
+        # What is rounded on a slow link would be other numbers here.
+        router = Router(network, directory, RouteConfig(codec="raw"))
         for _ in range(3):
             prompt = [rng.randrange(1000) for _ in range(rng.randint(4, 80))]
             count = rng.randint(20, 100)
