@@ -20,10 +20,13 @@ from p2p.wire.message import Message
 from petald.announcer import Announcer
 from petald.config import LendConfig
 from petald.errors import BadRequest
+from petald.hosting import Hosting
 from petald.lender import PAUSE_FILE, Lender, load_pause
 from petald.lending import Why
 from petald.serving import Serving
 from petald.swarm import ServerState
+from petald.throughput import BlockSpeed
+from tests.helpers.chain_world import CONFIG
 from tests.helpers.daemon_world import DaemonWorld, open_daemon_world
 from tests.helpers.tiny_models import make_model, save_model
 
@@ -67,11 +70,17 @@ async def run_lender(
     swarm = world.swarm
     serving = Serving(
         identity=world.identity,
-        hosted=swarm.hosted[number],
+        config=CONFIG,
+        loader=None,  # type: ignore[arg-type]
+        hosting=Hosting(
+            hosted=swarm.hosted[number],
+            passes=None,  # type: ignore[arg-type]
+            adapters=swarm.stores[number],
+            speed=BlockSpeed(step_s=0.001, token_s=0.001),
+        ),
         server=swarm.servers[number],
         pass_server=swarm.pass_servers[number],
         network=swarm.networks[number],
-        step_ms=1.0,
     )
     announcer = Announcer(
         Directory(swarm.networks[number]), serving.make_announcement, rng=random.Random(0)
