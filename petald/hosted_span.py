@@ -208,6 +208,9 @@ class HostedSpan:
             end=first.end,
             adapters=first.cache.adapters,
         )
+        if output_SD.device.type == "cuda":
+            # Here, where it is timed and nobody waits: else whoever sends the output would wait.
+            torch.cuda.synchronize(output_SD.device)
         if len(works) == 1:
             return [output_SD]
         return torch.split(output_SD, [segment.tokens for segment in segments])

@@ -33,7 +33,7 @@ from petald.move_actions import (
 from petald.move_planner import MovePlanner
 from petald.router import Router
 from petald.serving import Serving
-from petald.swarm import Claim, Server, SwarmView
+from petald.swarm import Claim, Server, ServerState, SwarmView
 
 log = get_logger(__name__)
 
@@ -47,6 +47,10 @@ MOST_LOOK_S = 60.0
 FEW_SERVERS = 2
 MAX_PINGED = 32
 PING_DEADLINE_S = 2.0
+MOST_LOADING_S = 900.0
+"""Whoever says for longer that it is about to serve some blocks is not counted on any more: the
+weights of a span are loaded in less, and a liar must not keep others from blocks that need them."""
+
 MISSES = 2
 """Whoever is one of so few that hold a block is pinged, and left out of what is decided by when it
 has not answered twice in a row."""
@@ -96,6 +100,7 @@ class Mover:
         )
         self._servers = 0
         self._misses: dict[str, int] = {}
+        self._loading_since: dict[str, float] = {}
         self._prepared: Hosting | None = None
         self._loading: trio.CancelScope | None = None
         self._wake = trio.Event()
@@ -207,11 +212,21 @@ class Mover:
         known = {server.peer for server in view.servers}
         self._misses = {peer: count for peer, count in self._misses.items() if peer in known}
         dead = {peer for peer, count in self._misses.items() if count >= MISSES}
+        dead |= self._find_endless(view)
         if not dead:
             return view
         return replace(
             view, servers=tuple(server for server in view.servers if server.peer not in dead)
         )
+
+    def _find_endless(self, view: SwarmView) -> set[str]:
+        """Servers that have been loading for too long, by when they were first seen to."""
+        now = trio.current_time()
+        loading = [
+            one.peer for one in view.servers if one.announcement.state == ServerState.LOADING
+        ]
+        self._loading_since = {peer: self._loading_since.get(peer, now) for peer in loading}
+        return {peer for peer in loading if now - self._loading_since[peer] > MOST_LOADING_S}
 
     def _find_vital(self, view: SwarmView) -> Sequence[Server]:
         coverage = view.coverage()
@@ -220,7 +235,7 @@ class Mover:
             for server in view.servers
             if server.peer in self._misses
             or (
-                server.is_serving
+                server.announcement.state != ServerState.LEAVING
                 and server.peer != self._network.peer
                 and min(coverage[server.start : server.end]) <= FEW_SERVERS
             )
