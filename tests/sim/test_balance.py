@@ -68,7 +68,10 @@ class FakeLoader:
 class NoPasses:
     """As `petald.pass_server.PassServer`, without any."""
 
-    async def move(self, *_: Any, **__: Any) -> None:
+    def switch(self, *_: Any) -> None:
+        """There is nothing to switch."""
+
+    async def end_streams(self, **_: Any) -> None:
         await trio.lowlevel.checkpoint()
 
 
