@@ -1,9 +1,10 @@
 """How well swarms of servers that choose their own blocks are balanced, from 100 to 10,000 of them.
 
-    python benchmarks/swarm_sim.py [--quick] [--sizes 100 300 1000 3000 10000] [--seeds 20]
+    python benchmarks/swarm_sim.py [--quick | --full] [--sizes 100 300 1000 3000 10000] [--seeds 20]
 
-For each size and seed a swarm joins within ten minutes and settles for half an hour more; then a
-third of its servers is replaced in each hour, half of them without a word. The deciders are the
+For each size and seed a swarm joins within ten minutes and settles for half an hour more (from 1000
+servers on, for ten minutes); then a third of its servers is replaced in each hour, half of them
+without a word. The deciders are the
 real ones; what stands in for the network, and what the servers are like, says
 `benchmarks/swarm_sim_world.py`. The rule of the ancestor runs in the same worlds, for fewer seeds.
 
@@ -38,8 +39,8 @@ from benchmarks.swarm_sim_world import SimServer, SimSettings, World, memory_bou
 
 AIM_JOINED, AIM_CHURN = 0.95, 0.90
 LEAST_STAY_S = 1800.0
-LONG_CHURN_SEEDS = 4
-"""Of the largest swarms; the others end before their churn."""
+LARGE, LARGE_SETTLE_S = 1000, 1200.0
+"""A swarm so large has come to rest when the last has joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +117,14 @@ def make_tasks(args: argparse.Namespace, rule: str) -> list[tuple[str, SimSettin
     tasks = []
     for size in args.sizes:
         seeds = args.seeds if rule == "petald" else args.ancestor_seeds
-        long = args.long_churn if size >= 3000 else seeds
+        if rule == "ancestor" and size > args.ancestor_size:
+            continue
         for seed in range(seeds):
             settings = SimSettings(servers=size, seed=seed, crashes=args.crashes)
-            churn_s = 3600.0 * args.hours if seed < long else 0.0
-            if rule == "ancestor" and size > args.ancestor_size:
-                continue
+            if size >= LARGE:
+                settings = replace(settings, settle_s=LARGE_SETTLE_S)
+            has_churn = size < LARGE or seed < args.churn_seeds
+            churn_s = 3600.0 * args.hours if has_churn else 0.0
             tasks.append((rule, replace(settings, churn_s=churn_s)))
     return tasks
 
@@ -129,19 +132,20 @@ def make_tasks(args: argparse.Namespace, rule: str) -> list[tuple[str, SimSettin
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few small swarms: half a minute")
+    parser.add_argument("--full", action="store_true", help="20 seeds: an hour of two cores")
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 300, 1000, 3000, 10_000])
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hours", type=float, default=1.0, help="of churn")
     parser.add_argument("--crashes", type=float, default=0.5, help="of those that go")
-    parser.add_argument(
-        "--long-churn", type=int, default=LONG_CHURN_SEEDS, help="seeds with churn, from 3000 on"
-    )
-    parser.add_argument("--ancestor-seeds", type=int, default=3)
+    parser.add_argument("--churn-seeds", type=int, default=1, help="of them, from 1000 servers on")
+    parser.add_argument("--ancestor-seeds", type=int, default=1)
     parser.add_argument("--ancestor-size", type=int, default=1000, help="its largest swarm")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     if args.quick:
-        args.sizes, args.seeds, args.ancestor_seeds = [100, 300], 3, 1
+        args.sizes, args.seeds = [100, 300], 2
+    if args.full:
+        args.seeds, args.churn_seeds, args.ancestor_seeds = 20, 20, 3
     machine = describe_machine()
     print(f"{machine}; aims: joined {AIM_JOINED}, churn {AIM_CHURN}, less than 1 move an hour")
     print("n: seeds, and those of them with churn")

@@ -136,8 +136,6 @@ class AncestorRule:
         self._world, self._server, self._forecast = world, server, forecast
 
     def next_look_at(self) -> float:
-        if self._server.rule is not self:
-            return float("inf")
         return self._world.now + self._server.rng.uniform(0, ANCESTOR_PERIOD_S)
 
     def on_loaded(self, span: Span) -> None:

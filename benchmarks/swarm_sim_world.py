@@ -181,8 +181,9 @@ class World:
         self.at(self.now + LOAD_BLOCK_S * len(new), done)
 
     def schedule_look(self, server: SimServer) -> None:
-        assert server.rule is not None
         server.look_token += 1
+        if server.rule is None:  # it begins anew
+            return
         token = server.look_token
 
         def look() -> None:

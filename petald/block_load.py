@@ -109,7 +109,9 @@ class BlockLoad:
                     start, end = span
                     throughput_L[start:end] += sign * one.block_steps_per_s / (end - start)
                     planned_L[start:end] += sign
-        earlier = tuple(one for one in self.claims if one not in later)
+        earlier = tuple(
+            one for one in self.claims if (one.made_at_ms, one.peer) <= (made_at_ms, peer)
+        )
         throughput_L = np.maximum(throughput_L, 0.0)  # the last bits of sums and differences
         return replace(
             self,

@@ -20,11 +20,16 @@ How it works. A move goes through these states, and back to resting from any of 
     LOADED     it waits for the claim to be known everywhere, looks a last time, and switches
     SWITCHING  until the driver says that it is done
 
-The delay before a claim is one of Nonnenmacher's and Biersack's (Scalable feedback for large
-groups, IEEE/ACM Transactions on Networking 7(3), 1999): ``suppress_s * log2(1 + u * N)`` with ``u``
-by chance from 0 to 1. Of N servers that see the same weakness about one has claimed after
-``suppress_s``, and twice as many as before after each further one; so however many there are, those
-that act before they see the others act are not many more than are needed.
+At a weakness that is less than a gap many servers look in turn, each at its own time. What sets out
+to mend it must be about what is missing there, or all of them would: so a server passes its chance
+by, except with a probability that is in proportion to the part of the swarm's throughput that is
+missing (`MoveSettings.haste`).
+
+A gap cannot wait for that. The delay before a claim on one is one of Nonnenmacher's and Biersack's
+(Scalable feedback for large groups, IEEE/ACM Transactions on Networking 7(3), 1999): ``suppress_s *
+log2(1 + u * N)`` with ``u`` by chance from 0 to 1. Of N servers that see the gap at once about one
+has claimed it after ``suppress_s``, and twice as many as before after each further one; so those
+that act before they see the others act are few, however many there are.
 
 When a move is worth it is a matter of ski rental (Karlin, Manasse, Rudolph, Sleator: Competitive
 snoopy caching, Algorithmica 3, 1988): nobody knows for how long a gain would last, for others come,
@@ -224,9 +229,16 @@ class MovePlanner:
         if found is None:
             return
         _, self._is_urgent = found
+        rivals = load.num_servers
+        if not self._is_urgent:
+            if self._rng.random() >= self._settings.haste * (
+                1 / (rivals + 1) + self._missing(load)
+            ):
+                return
+            rivals = 1
         self._state = MoveState.WAITING
-        rivals = 1 + self._rng.random() * load.num_servers
-        self._deadline = now + self._settings.suppress_s * math.log2(rivals)
+        delay = math.log2(1 + self._rng.random() * rivals)
+        self._deadline = now + self._settings.suppress_s * delay
 
     def _claim(self, load: BlockLoad, now: float) -> list[MoveAction]:
         found = self._choose(load, now)
@@ -292,7 +304,7 @@ class MovePlanner:
         settings = self._settings
         if is_whole and now < self._rested_at:
             return None
-        if is_whole and gain_limit(load, self._capacity, self._span) <= settings.min_gain:
+        if is_whole and self._is_hopeless(load):
             self._forgone_s, self._looked_at = 0.0, now
             return None
         scores = self._score(load)
@@ -316,6 +328,25 @@ class MovePlanner:
         row, first = best[1] - best[0] - 1, best[0]
         self._forgone_s += gain_WS[row, first] * since_s
         return (best, False) if value_WS[row, first] + self._forgone_s > 0 else None
+
+    def _is_hopeless(self, load: BlockLoad) -> bool:
+        """Whether it is plain without looking at any span that none is worth a move."""
+        throughput_L = self._with_own(load)
+        if throughput_L.min() >= self._settings.enough * throughput_L.mean():
+            return True
+        return gain_limit(load, self._capacity, self._span) <= self._settings.min_gain
+
+    def _with_own(self, load: BlockLoad) -> Floats:
+        start, end = self._span
+        throughput_L = load.throughput_L.copy()
+        throughput_L[start:end] += load.speed_of(self._capacity) / (end - start)
+        return throughput_L
+
+    def _missing(self, load: BlockLoad) -> float:
+        """The part of the swarm's throughput that is elsewhere than it should be."""
+        throughput_L = self._with_own(load)
+        mean = float(throughput_L.mean())
+        return float(np.maximum(mean - throughput_L, 0.0).mean()) / mean
 
     def _best(self, value_WS: Floats, is_allowed_WS: Booleans) -> tuple[int, int] | None:
         """The span of greatest value; of equals, one by chance."""

@@ -160,6 +160,8 @@ def _windows(num_blocks: int, fit: int) -> tuple[Floats, Integers, Booleans]:
 
 def _counts(is_such_L: Booleans, ends_WS: Integers) -> Floats:
     """How many such blocks each window has."""
+    if not is_such_L.any():  # nearly always, in a swarm of any size
+        return np.zeros(ends_WS.shape)
     sums = np.concatenate([[0.0], np.cumsum(is_such_L)])
     counts: Floats = sums[ends_WS] - sums[:-1]
     return counts

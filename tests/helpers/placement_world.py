@@ -90,7 +90,7 @@ class PlacementWorld:
                 peer,
                 (start, end),
                 Capacity(fit=fit, block_steps_per_s=speed),
-                settings=settings or MoveSettings(rest_s=0.0, hourly=1e9),
+                settings=settings or MoveSettings(rest_s=0.0, hourly=1e9, haste=1e9),
                 now=0.0,
                 rng=random.Random(seed * 1000 + number),
             )

@@ -21,7 +21,7 @@ def make_planner(span: tuple[int, int] = (0, 4), *, fit: int = 4, peer: str = "m
         peer,
         span,
         Capacity(fit=fit, block_steps_per_s=1.0),
-        settings=MoveSettings(rest_s=0.0, hourly=1e9),
+        settings=MoveSettings(rest_s=0.0, hourly=1e9, haste=1e9),
         now=0.0,
         rng=random.Random(0),
     )
@@ -160,7 +160,13 @@ servers = st.tuples(
 def test_no_block_is_left_empty_however_stale_the_views(swarm, seed: int) -> None:
     """Every view is up to 45 s old, each server in it differently; clocks differ by two minutes."""
     limits = MoveSettings(
-        rest_s=0.0, hourly=1e9, min_gain=0.0, drain_s=0.0, load_block_s=0.0, urgent_known_s=45.0
+        rest_s=0.0,
+        hourly=1e9,
+        haste=1e9,
+        min_gain=0.0,
+        drain_s=0.0,
+        load_block_s=0.0,
+        urgent_known_s=45.0,
     )
     world = PlacementWorld(
         8, swarm, seed=seed, staleness_s=limits.known_s, load_s=seed % 60, settings=limits
@@ -175,7 +181,9 @@ def test_no_block_is_left_empty_however_stale_the_views(swarm, seed: int) -> Non
 
 def count_gaps(known_s: float) -> int:
     """Of 100 worlds in which two servers are both tempted off the same blocks, those with a gap."""
-    limits = MoveSettings(rest_s=0.0, hourly=1e9, known_s=known_s, urgent_known_s=known_s)
+    limits = MoveSettings(
+        rest_s=0.0, hourly=1e9, haste=1e9, known_s=known_s, urgent_known_s=known_s
+    )
     gaps = 0
     for seed in range(100):
         swarm = [(0, 4, 4, 1.0), (0, 4, 4, 1.0), (4, 8, 4, 0.02)]
