@@ -67,8 +67,9 @@ def test_servers_cover_the_model_close_gaps_and_move_under_a_job(
         servers = swarm.add_free_servers(6, **room)
         spans = spans_of(servers)
         assert all(end - start <= FIT for start, end in spans.values())
+        swarm.wait_covered(timeout_s=60.0)
+        spans = spans_of(servers)
         assert not uncovered(spans), spans
-        swarm.wait_covered()
         with swarm.client() as client:
             undisturbed = client.generate(prompt=PROMPT, max_new_tokens=200).result()
 
@@ -120,5 +121,6 @@ def test_servers_that_come_one_after_the_other_cover_the_model(
             started_at = time.monotonic()
             servers += swarm.add_free_servers(1, **room)
             assert time.monotonic() - started_at < 60
-        assert not uncovered(spans_of(servers[:3]))
+        # The second may leave pieces on both sides of it: three would have to fit exactly.
+        assert not uncovered(spans_of(servers))
         swarm.wait_covered()
