@@ -16,7 +16,7 @@ import trio
 
 from petald.block_load import BlockLoad, Capacity, read_load
 from petald.log import get_logger
-from petald.span_choice import AS_GOOD, choose_span
+from petald.span_choice import choose_span
 from petald.span_scores import score_spans
 from petald.swarm import Announcement, Claim, SwarmView
 
@@ -27,6 +27,10 @@ SETTLE_S = 1.0
 
 MAX_CHOICES = 5
 """Each time somebody else was quicker. The rest is left to moves."""
+
+CLEARLY_BETTER = 0.25
+"""Of the range of what spans are worth: for less than that nobody chooses again, since each choice
+takes a second, and others choose meanwhile."""
 
 
 class Joining:
@@ -99,9 +103,4 @@ def _is_as_good_as_any(load: BlockLoad, capacity: Capacity, start: int, end: int
     is_rival_WS = scores.is_possible_WS & (scores.newly_covered_WS == covered)
     worths = scores.worth_WS[is_rival_WS]
     span = float(worths.max() - worths.min())
-    return bool(scores.worth(start, end) >= worths.max() - max(AS_GOOD, CLEARLY_BETTER) * span)
-
-
-CLEARLY_BETTER = 0.25
-"""Of the range of what spans are worth: for less than that nobody chooses again, since each choice
-takes a second, and others choose meanwhile."""
+    return bool(scores.worth(start, end) >= worths.max() - CLEARLY_BETTER * span)
