@@ -302,11 +302,20 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)  # without slots, for what is kept beside the fields
 class SwarmView:
-    """The servers of one model, as one peer knows them now."""
+    """The servers of one model, as one peer knows them now.
+
+    Attributes:
+        model: the fingerprint.
+        num_blocks: of the model.
+        servers: those that are known, one for each peer.
+        share: the part of all servers that these are about, over 0: the view of a large swarm is a
+            sample.
+    """
 
     model: bytes
     num_blocks: int
     servers: tuple[Server, ...]
+    share: float = 1.0
 
     @functools.cached_property
     def columns(self) -> Columns:
@@ -323,17 +332,21 @@ class SwarmView:
         return tuple(counts)
 
 
-def make_view(model: bytes, num_blocks: int, servers: Iterable[Server]) -> SwarmView:
+def make_view(
+    model: bytes, num_blocks: int, servers: Iterable[Server], *, share: float = 1.0
+) -> SwarmView:
     """Keeps of the servers those whose announcement can be true of this model.
 
     Args:
         model: the fingerprint.
         num_blocks: of the model.
         servers: one for each peer.
+        share: see `SwarmView`.
     """
     return SwarmView(
         model=model,
         num_blocks=num_blocks,
+        share=share,
         servers=tuple(
             server
             for server in servers
