@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.link_emulator import LinkEmulator
 from kernels.checkpoint import Checkpoint
 from kernels.kv_cache import CacheArena
 from kernels.layer_loader import block_bytes
-from p2p.wire.control_messages import GenerateDone, ServerStatus
+from p2p.wire.control_messages import GenerateDone, Progress, ServerStatus
 from petalctl.client import Client
 from petalctl.daemon_process import DaemonProcess
 from petalctl.private_swarm import PrivateSwarm, Value
@@ -28,15 +30,19 @@ CACHE_TOKENS = 2048
 FIT = 10
 
 
-@pytest.fixture(scope="module")
-def room(model_folder: Path) -> dict[str, Value]:
-    """Settings for servers with room for ten blocks each."""
+def room_for(model_folder: Path, blocks: int) -> dict[str, Value]:
+    """Settings for servers with room for so many blocks each."""
     config = Checkpoint(model_folder).config
     one_block = block_bytes(config, 0, dtype=torch.float32, quant="none")
     one_block += CacheArena.bytes_per_block(
         config, capacity_tokens=CACHE_TOKENS, dtype=torch.float32
     )
-    return {"cache_tokens": CACHE_TOKENS, "memory_bytes": int(one_block * (FIT + 0.5))}
+    return {"cache_tokens": CACHE_TOKENS, "memory_bytes": int(one_block * (blocks + 0.5))}
+
+
+@pytest.fixture(scope="module")
+def room(model_folder: Path) -> dict[str, Value]:
+    return room_for(model_folder, FIT)
 
 
 def spans_of(servers: Sequence[DaemonProcess]) -> dict[str, tuple[int, int]]:
@@ -124,3 +130,52 @@ def test_servers_that_come_one_after_the_other_cover_the_model(
         # The second may leave pieces on both sides of it: three would have to fit exactly.
         assert not uncovered(spans_of(servers))
         swarm.wait_covered()
+
+
+def test_a_server_that_moves_does_not_disturb_the_generation_that_it_runs(
+    model_folder: Path,
+) -> None:
+    names = ["router", *(f"server {number}" for number in (1, 2, 3, 4))]
+    pairs = list(itertools.combinations(names, 2))
+    with (
+        LinkEmulator() as links,
+        PrivateSwarm(str(model_folder), spans=[(0, 15)], threads=1, links=links) as swarm,
+        swarm.client() as client,
+    ):
+        (mover,) = swarm.add_free_servers(1, **room_for(model_folder, 15))
+        ((peer, span),) = spans_of([mover]).items()
+        assert span == (15, 30)
+        swarm.wait_covered()
+        # A move takes a minute: its claim is to be known everywhere. Slow links let a job last.
+        for pair in pairs:
+            links.set_link(*pair, latency_s=0.06)
+        news: list[Progress] = []
+        generation = client.generate(
+            prompt=PROMPT, max_new_tokens=1500, temperature=0.0, on_progress=news.append
+        )
+        events = generation.events()
+        while not generation.tokens:
+            next(events)
+        assert generation.chain[-1].peer == peer
+        # Two more take the mover's blocks: half of the model has three servers, half has one.
+        for _ in range(2):
+            swarm.add_server((15, 30))
+        while not any(item.move for item in news):
+            next(events)
+        until = len(generation.tokens) + 40
+        while len(generation.tokens) < until:
+            next(events)
+        tokens = generation.tokens
+        generation.close()
+        (move,) = [item.move for item in news if item.move]
+        assert (move.start, move.end) == (15, 30)
+        assert (move.old, move.reason) == ((peer,), "leaving")
+        assert move.handed_over_tokens + move.replayed_tokens > 0
+        assert spans_of([mover]) == {peer: (0, 15)}
+
+        for pair in pairs:
+            links.set_link(*pair)
+        undisturbed = client.generate(
+            prompt=PROMPT, max_new_tokens=len(tokens), temperature=0.0
+        ).result()
+        assert tokens == undisturbed.tokens
