@@ -246,8 +246,8 @@ class ServeConfig:
         metavar="NAME",
     )
     models: tuple[str, ...] = _setting(
-        "Models to choose from, in place of one model: at its start the server takes the one that "
-        "most needs it.",
+        "Models to choose from, in place of one model: the server takes the one that most needs "
+        "it, and changes when another one does.",
         default=(),
         check=_check_names,
         metavar="NAME",

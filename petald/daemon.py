@@ -21,7 +21,6 @@ from p2p.directory import Directory
 from p2p.identity import load_or_create_identity
 from p2p.libp2p_network import open_libp2p_network
 from p2p.wire.control_messages import Generate, Pause, Paused, Resume, Resumed
-from petald.announcer import Announcer
 from petald.codec_choice import CodecCost
 from petald.config import Config
 from petald.control import Jobs, Send, open_control_socket, serve_control
@@ -31,28 +30,21 @@ from petald.executor import Executor, open_executor
 from petald.generation import GenerationJob
 from petald.hidden_sessions import HiddenSessions
 from petald.job_adapter import AdapterFolders
-from petald.lender import Lender
-from petald.lending import NEVER
 from petald.local_model import LocalModels
 from petald.log import get_logger
 from petald.message_codecs import MessageCodecs
 from petald.notify import notify_ready, notify_stopping
-from petald.owner_load import open_meter
 from petald.pass_link import PassLinks
 from petald.reports import Reporter
-from petald.router import MEASURE_PERIOD_S, Router
-from petald.serving import Serving
+from petald.router import Router
+from petald.serving_part import ServingPart
 from petald.speed_cache import SpeedCache
-from petald.start_serving import load_serving
 from petald.throughput import measure_codecs
 from petald.training_jobs import TrainingJobs
 
 log = get_logger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-FIRST_MEASURE_S = 5.0
-"""A server's first round, by chance within this: those that start together know each other then."""
 
 
 async def run_daemon(config: Config) -> None:
@@ -79,7 +71,6 @@ def _measure_codecs(config: Config) -> dict[str, dict[str, CodecCost]]:
 
 async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
     identity = load_or_create_identity(config.daemon.state_dir / "identity.key")
-    rng = random.Random()
     async with (
         # Outlives the network, whose handlers give the caches of their sessions back on it.
         _open_executors(config) as (device_executor, local_executor),
@@ -100,30 +91,25 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
             dtype=parse_dtype(config.route.dtype, parse_device("cpu")),
             executor=local_executor,
         )
-        serving: Serving | None = None
-        lender: Lender | None = None
+        part: ServingPart | None = None
         if config.serve.is_wanted:
-            started = await load_serving(
+            part = ServingPart(
                 config.serve,
+                config.lend,
+                state_dir=config.daemon.state_dir,
                 network=network,
                 directory=directory,
                 router=router,
                 codecs=MessageCodecs(network, costs, preferred=config.serve.codec),
                 executor=device_executor,
                 speeds=SpeedCache(config.daemon.state_dir),
-                rng=rng,
-                nursery=nursery,
+                rng=random.Random(),
             )
-            serving, announcer = started.serving, started.announcer
-            lender = _make_lender(config, serving, announcer, device_executor)
-            await nursery.start(lender.run)
-            await started.begin(nursery)
-            nursery.start_soon(_keep_measuring_next_hops, serving, router, announcer, rng)
+            await nursery.start(part.run)
         for name in config.route.models:
             await models.load(name)
             nursery.start_soon(router.keep_fresh, await models.identify(name))
-        reporter = Reporter(config, network=network, router=router, models=models, serving=serving)
-        reporter.lender = lender
+        reporter = Reporter(config, network=network, router=router, models=models, part=part)
 
         folders = AdapterFolders()
 
@@ -145,8 +131,9 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
             )
 
         async def pause_or_resume(request: Pause | Resume) -> Paused | Resumed:
-            if lender is None:
+            if part is None:
                 raise BadRequest("this daemon serves no blocks; there is nothing to pause")
+            lender = await part.wait_lender()
             if isinstance(request, Pause):
                 return await lender.pause(request)
             return await lender.resume(request)
@@ -179,12 +166,8 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
         await stop.wait()
         notify_stopping()
         log.info("stopping")
-        if serving is not None:
-            assert lender is not None
-            lender.end()
-            serving.server.stop_accepting()
-            await announcer.withdraw()
-            await serving.drain(deadline_s=config.daemon.stop_timeout_s)
+        if part is not None:
+            await part.stop(deadline_s=config.daemon.stop_timeout_s)
         nursery.cancel_scope.cancel()
 
 
@@ -226,27 +209,3 @@ async def _open_executors(config: Config) -> AsyncIterator[tuple[Executor, Execu
 
 def _nothing() -> None:
     pass
-
-
-def _make_lender(
-    config: Config, serving: Serving, announcer: Announcer, executor: Executor
-) -> Lender:
-    device = parse_device(config.serve.device)
-    looks = config.lend.max_load < NEVER
-    return Lender(
-        config.lend,
-        serving,
-        announcer,
-        meter=open_meter(device, read_own_s=lambda: executor.computed_s) if looks else None,
-        state_dir=config.daemon.state_dir,
-    )
-
-
-async def _keep_measuring_next_hops(
-    serving: Serving, router: Router, announcer: Announcer, rng: random.Random
-) -> None:
-    await trio.sleep(rng.uniform(0, FIRST_MEASURE_S))
-    while True:
-        await serving.measure_next_hops(router, rng)
-        announcer.announce_soon()
-        await trio.sleep(MEASURE_PERIOD_S * rng.uniform(0.8, 1.2))

@@ -150,14 +150,19 @@ class SpanLoader:
         notify_status(f"measuring one block of {self._identity.name}")
         return (await self.load(0, 1)).speed
 
-    def count_fitting(self) -> int:
+    def count_fitting(self, *, freed_bytes: int = 0) -> int:
         """How many blocks fit, wherever they begin.
+
+        Args:
+            freed_bytes: so much more of the device's memory will be free than is now.
 
         Raises:
             ConfigError: not one does.
         """
         memory_bytes = self._config.memory_bytes
-        memory_bytes = memory_bytes or int(free_memory_bytes(self._device) * MEMORY_SHARE)
+        if not memory_bytes:
+            free_bytes = free_memory_bytes(self._device) + freed_bytes
+            memory_bytes = int(free_bytes * MEMORY_SHARE)
         fitting = count_fitting_blocks(
             [self.block_bytes(block) for block in range(self._identity.config.num_blocks)],
             memory_bytes=memory_bytes,

@@ -18,7 +18,7 @@ from petald.block_load import BlockLoad, Capacity, read_load
 from petald.log import get_logger
 from petald.span_choice import choose_span
 from petald.span_scores import score_spans
-from petald.swarm import Announcement, Claim, SwarmView
+from petald.swarm import Announcement, Claim, ServerState, SwarmView
 
 log = get_logger(__name__)
 
@@ -53,6 +53,10 @@ class Joining:
         made_at_ms = int(self._wall_clock() * 1e3)
         self.claim = claim = Claim(start=start, end=end, made_at_ms=made_at_ms)
         return claim
+
+    def give_up(self) -> None:
+        """Says from now on that nothing is going to be hosted after all."""
+        self._template = replace(self._template, state=ServerState.LEAVING)
 
     def make_announcement(self) -> Announcement:
         """What this server says of itself, when it has claimed something."""

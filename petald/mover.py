@@ -105,6 +105,11 @@ class Mover:
         self._loading: trio.CancelScope | None = None
         self._wake = trio.Event()
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether a move is claimed, or made."""
+        return self._planner.claim is not None
+
     async def run(self) -> None:
         """Looks and moves, until cancelled."""
         async with trio.open_nursery() as nursery:

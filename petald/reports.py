@@ -23,11 +23,11 @@ from p2p.wire.control_messages import (
 from petald.config import Config
 from petald.control import Jobs
 from petald.devices import dtype_name
-from petald.lender import Lender
 from petald.lending import LEND
 from petald.local_model import LocalModels, ModelIdentity
 from petald.router import Router
 from petald.serving import Serving
+from petald.serving_part import ServingPart
 from petald.swarm import Server, ServerState
 
 VERSION = importlib.metadata.version("petald")
@@ -41,11 +41,9 @@ class Reporter:
 
     Attributes:
         jobs: set once the control socket's jobs are made; their number is reported.
-        lender: of a daemon that serves; says whether it is paused.
     """
 
     jobs: Jobs | None = None
-    lender: Lender | None = None
 
     def __init__(
         self,
@@ -54,20 +52,20 @@ class Reporter:
         network: Network,
         router: Router,
         models: LocalModels,
-        serving: Serving | None,
+        part: ServingPart | None,
     ) -> None:
         self._config = config
         self._network = network
         self._router = router
         self._models = models
-        self._serving = serving
+        self._part = part
         self._started_at = trio.current_time()
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Which of the three things this daemon does."""
         roles = []
-        if self._serving is not None:
+        if self._part is not None:
             roles.append("serve")
         if self._config.route.models:
             roles.append("route")
@@ -99,10 +97,11 @@ class Reporter:
         )
 
     def _span_status(self) -> SpanStatus | None:
-        if self._serving is None:
+        if self._part is None or self._part.serving is None:
             return None
-        status = _span_status(self._serving)
-        decision = self.lender.decision if self.lender else LEND
+        status = _span_status(self._part.serving)
+        lender = self._part.lender
+        decision = lender.decision if lender else LEND
         if decision.lends:
             return status
         return dataclasses.replace(
@@ -114,8 +113,8 @@ class Reporter:
 
     def _sent(self) -> tuple[CodecCount, ...]:
         sent = Counter(self._router.codecs.sent)
-        if self._serving is not None:
-            sent += self._serving.codecs.sent
+        if self._part is not None:
+            sent += self._part.codecs.sent
         return tuple(CodecCount(codec=codec, messages=count) for codec, count in sent.most_common())
 
     async def report_swarm(self, request: SwarmRequest) -> SwarmReport:

@@ -140,6 +140,24 @@ class Serving:
         return self.server.cut_sessions()
 
     @property
+    def memory_bytes(self) -> int:
+        """What its blocks and their cache take."""
+        span = self.hosting.span
+        return sum(self._loader.block_bytes(block) for block in range(span.start, span.end))
+
+    async def end(self, *, deadline_s: float) -> None:
+        """Lets sessions and passes move, ends those that have not, and frees blocks and cache."""
+        self.server.pause()
+        await self._end_everything(deadline_s)
+        await self._loader.shed(self.hosting, 0, 0)
+
+    async def _end_everything(self, deadline_s: float) -> None:
+        """Nothing runs on the span after this."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(self._pass_server.end_streams, deadline_s=deadline_s))
+            nursery.start_soon(partial(self.server.end_sessions, deadline_s=deadline_s))
+
+    @property
     def description(self) -> str:
         """What it does, for the service manager."""
         span = self.hosting.span
@@ -215,9 +233,7 @@ class Serving:
         self.server.pause()
         try:
             await on_changed()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(self._pass_server.end_streams, deadline_s=deadline_s))
-                nursery.start_soon(partial(self.server.end_sessions, deadline_s=deadline_s))
+            await self._end_everything(deadline_s)
             is_shed = True
             await self._loader.shed(old, start, end)
             try:

@@ -70,8 +70,8 @@ def _choose_tile(num_blocks: int, fit: int, rng: random.Random) -> tuple[int, in
     return tile * num_blocks // tiles, (tile + 1) * num_blocks // tiles
 
 
-def choose_model(offers: Mapping[M, ModelOffer], *, rng: random.Random) -> M | None:
-    """The model that needs a server most, of those of which it can host a block.
+def choose_model(offers: Mapping[M, ModelOffer], *, rng: random.Random) -> M:
+    """The model that needs a server most.
 
     First comes the one with most uncovered blocks, relative to its size. Where all are covered,
     the one whose least-served block is furthest behind what is asked of it. A model whose demand
@@ -79,16 +79,10 @@ def choose_model(offers: Mapping[M, ModelOffer], *, rng: random.Random) -> M | N
     were shared out evenly.
 
     Args:
-        offers: by whatever the models are known by.
+        offers: by whatever the models are known by, one at least; a block of each fits.
         rng: breaks ties.
-
-    Returns:
-        None where not a block of any of them fits.
     """
-    fitting = {name: offer for name, offer in offers.items() if offer.capacity.fit > 0}
-    if not fitting:
-        return None
-    bounds = [float(offer.load.throughput_L.mean()) for offer in fitting.values()]
+    bounds = [float(offer.load.throughput_L.mean()) for offer in offers.values()]
     usual = sum(bounds) / len(bounds)
 
     def need(offer: ModelOffer) -> tuple[float, float]:
@@ -99,6 +93,6 @@ def choose_model(offers: Mapping[M, ModelOffer], *, rng: random.Random) -> M | N
             return -uncovered, float("inf")
         return -uncovered, served / demand
 
-    needs = {name: need(offer) for name, offer in fitting.items()}
+    needs = {name: need(offer) for name, offer in offers.items()}
     most = min(needs.values())
     return rng.choice([name for name, one in needs.items() if one == most])

@@ -94,7 +94,12 @@ async def load_serving(
     Cancellation: loading ends after the block that is being read.
     """
     if config.models:
-        config = await _choose_model(config, network, router, executor, speeds, rng)
+        found = await read_candidates(
+            config, peer=network.peer, router=router, executor=executor, speeds=speeds
+        )
+        offers = {name: candidate.offer for name, candidate in found.items()}
+        config = replace(config, model=choose_model(offers, rng=rng), models=())
+        log.info("model chosen", model=config.model, of=",".join(offers))
     identity = await trio.to_thread.run_sync(identify_model, config.model)
     own = await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
     loader = SpanLoader(config, identity, executor, adapters=own, speeds=speeds)
@@ -134,42 +139,66 @@ async def load_serving(
     return Started(serving=serving, announcer=announcer, mover=mover)
 
 
-async def _choose_model(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A model that this server could host.
+
+    Attributes:
+        identity: of the model.
+        loader: loads spans of it.
+        offer: how its swarm does, and what this server could do for it.
+    """
+
+    identity: ModelIdentity
+    loader: SpanLoader
+    offer: ModelOffer
+
+
+async def read_candidates(
     config: ServeConfig,
-    network: Network,
+    *,
+    peer: str,
     router: Router,
     executor: Executor,
     speeds: SpeedCache,
-    rng: random.Random,
-) -> ServeConfig:
-    """The configuration with the model that most needs this server, of those it may choose from.
+    freed_bytes: int = 0,
+) -> dict[str, Candidate]:
+    """Judges the models of ``[serve] models``, those left out of which not a block fits.
+
+    Args:
+        config: names the models, and says how one would be hosted.
+        peer: this server, which is in none of their loads.
+        router: reads their views.
+        executor: the device's thread; measures a block of each, where that was never done.
+        speeds: that were measured before.
+        freed_bytes: of the device's memory, beyond what is free now, when one of them is loaded.
 
     Raises:
-        ConfigError: one of them is not here, or not a block of any of them fits.
+        ConfigError: not one block of any of them fits.
         KernelError: one cannot be read.
+        P2PError, PetaldError: a view cannot be read.
     """
-    offers = {}
+    found: dict[str, Candidate] = {}
     refusal: ConfigError | None = None
     for name in config.models:
         identity = await trio.to_thread.run_sync(identify_model, name)
         loader = SpanLoader(config, identity, executor, speeds=speeds)
         try:
-            fit = loader.count_fitting()
+            fit = loader.count_fitting(freed_bytes=freed_bytes)
         except ConfigError as error:
             refusal = error
             continue
         speed = await loader.find_speed()
         view = await router.read_view(identity, max_age_s=0.0)
-        offers[name] = ModelOffer(
-            load=read_load(view, own=network.peer),
+        offer = ModelOffer(
+            load=read_load(view, own=peer),
             capacity=Capacity(fit=fit, block_steps_per_s=1 / speed.step_s),
         )
-    chosen = choose_model(offers, rng=rng)
-    if chosen is None:
+        found[name] = Candidate(identity=identity, loader=loader, offer=offer)
+    if not found:
         assert refusal is not None
         raise refusal
-    log.info("model chosen", model=chosen, of=",".join(config.models))
-    return replace(config, model=chosen, models=())
+    return found
 
 
 def _begin(

@@ -171,6 +171,3 @@ def test_the_model_with_uncovered_blocks_comes_first_and_then_the_hungriest() ->
     assert choose_model(offers, rng=rng) == "whole"
     offers["rich"] = ModelOffer(load=rich, capacity=one, demand=1000.0)
     assert choose_model(offers, rng=rng) == "rich"
-    offers["empty"] = ModelOffer(load=load_of(8), capacity=Capacity(fit=0))
-    assert choose_model(offers, rng=rng) == "rich"
-    assert choose_model({"empty": offers["empty"]}, rng=rng) is None

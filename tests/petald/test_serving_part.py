@@ -1,0 +1,204 @@
+"""A server that serves now the one model, now the other: real blocks, in memory."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+import petald.serving_part
+from kernels.errors import CorruptCheckpoint
+from p2p.directory import Directory
+from p2p.memory_network import MemoryHub, open_memory_hub
+from petald.config import LendConfig, RouteConfig, ServeConfig
+from petald.executor import open_executor
+from petald.local_model import ModelIdentity, identify_model
+from petald.message_codecs import MessageCodecs
+from petald.model_choice import ChoiceSettings
+from petald.router import Router
+from petald.serving_part import ServingPart
+from petald.speed_cache import SpeedCache
+from petald.swarm import Announcement, ServerState, directory_key
+from tests.helpers.tiny_models import make_model, save_model
+
+SOON = ChoiceSettings(look_s=0.1, confirm_s=0.1, known_s=0.3, urgent_stay_s=0.0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: save_model(make_model(name), tmp_path_factory.mktemp(name))
+        for name in ("llama", "qwen2")
+    }
+
+
+class Other:
+    """Another server, which only says what it is told to say."""
+
+    def __init__(self, hub: MemoryHub, folder: Path) -> None:
+        self.network = hub.make_network()
+        self.directory = Directory(self.network)
+        self.model: ModelIdentity = identify_model(str(folder))
+        self.sequence = 0
+
+    async def say(self, state: ServerState = ServerState.SERVING, ttl_s: float = 60.0) -> None:
+        self.sequence += 1
+        fingerprint = self.model.fingerprint
+        said = Announcement(
+            model=fingerprint,
+            start=0,
+            end=self.model.config.num_blocks,
+            state=state,
+            step_ms=1.0,
+            cache_tokens=100,
+            free_cache_tokens=100,
+            dtype="float32",
+        )
+        key = directory_key(fingerprint)
+        await self.directory.publish(key, said.encode(), ttl_s=ttl_s, sequence=self.sequence)
+
+
+@asynccontextmanager
+async def serve(
+    hub: MemoryHub, folders: dict[str, Path], state_dir: Path
+) -> AsyncIterator[tuple[ServingPart, Router]]:
+    network = hub.make_network()
+    directory = Directory(network)
+    router = Router(network, directory, RouteConfig())
+    models = tuple(map(str, folders.values()))
+    config = ServeConfig(models=models, cache_tokens=256, memory_bytes=1 << 30)
+    async with open_executor(name="cpu") as executor, trio.open_nursery() as nursery:
+        part = ServingPart(
+            config,
+            LendConfig(max_load=1.0),
+            state_dir=state_dir,
+            network=network,
+            directory=directory,
+            router=router,
+            codecs=MessageCodecs(network),
+            executor=executor,
+            speeds=SpeedCache(state_dir),
+            rng=random.Random(1),
+            settings=SOON,
+        )
+        await nursery.start(part.run)
+        yield part, router
+        nursery.cancel_scope.cancel()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    with trio.fail_after(20):
+        while not holds():  # noqa: ASYNC110  # what is waited for has no event
+            await trio.sleep(0.02)
+
+
+def serves(part: ServingPart, folder: Path) -> Callable[[], bool]:
+    return lambda: part.serving is not None and part.serving.identity.folder == folder
+
+
+async def states_of(router: Router, folder: Path, peer: str) -> list[str]:
+    view = await router.read_view(identify_model(str(folder)), max_age_s=0.0)
+    return [one.announcement.state for one in view.servers if one.peer == peer]
+
+
+async def test_a_server_goes_to_the_model_that_lost_its_last_server(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    async with open_memory_hub() as hub:
+        kept = Other(hub, folders["llama"])
+        await kept.say()
+        async with serve(hub, folders, tmp_path) as (part, router):
+            assert serves(part, folders["qwen2"])()
+            assert part.serving is not None
+            before = weakref.ref(part.serving.hosting.span.block(0))
+            peer = part.serving.make_announcement()
+            assert peer.state == ServerState.SERVING
+            # Somebody takes its model too, and nobody serves the other one any more.
+            taker = Other(hub, folders["qwen2"])
+            await taker.say()
+            await kept.say(ServerState.LEAVING)
+            await until(serves(part, folders["llama"]))
+            assert part.changes == 1
+            assert before() is None
+            own = part._network.peer
+            assert await states_of(router, folders["llama"], own) == [ServerState.SERVING]
+            assert await states_of(router, folders["qwen2"], own) in ([], [ServerState.LEAVING])
+            # and back again
+            await kept.say()
+            await taker.say(ServerState.LEAVING)
+            await until(serves(part, folders["qwen2"]))
+            assert part.changes == 2
+            assert (await part.wait_lender()).decision.lends
+
+
+async def test_blocks_that_are_left_by_all_others_meanwhile_are_kept(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    async with open_memory_hub() as hub:
+        kept, taker = Other(hub, folders["llama"]), Other(hub, folders["qwen2"])
+        await kept.say()
+        async with serve(hub, folders, tmp_path) as (part, router):
+            await taker.say()
+            await kept.say(ServerState.LEAVING)
+            own = part._network.peer
+            server = part.serving.server if part.serving else None
+            assert server is not None
+            await until(lambda: not server.is_accepting)
+            assert await states_of(router, folders["llama"], own) in ([], [ServerState.LOADING])
+            await taker.say(ServerState.LEAVING)
+            await until(lambda: server.is_accepting)
+            assert serves(part, folders["qwen2"])()
+            assert part.changes == 0
+            assert await states_of(router, folders["qwen2"], own) == [ServerState.SERVING]
+            assert await states_of(router, folders["llama"], own) in ([], [ServerState.LEAVING])
+
+
+async def test_a_model_that_cannot_be_loaded_is_not_tried_again(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_serving, tried = petald.serving_part.load_serving, []
+
+    async def load(config: ServeConfig, **parts: object) -> object:
+        tried.append(config.model)
+        if config.model == str(folders["llama"]):
+            raise CorruptCheckpoint("a file is missing")
+        return await load_serving(config, **parts)  # type: ignore[arg-type]
+
+    async with open_memory_hub() as hub:
+        kept, taker = Other(hub, folders["llama"]), Other(hub, folders["qwen2"])
+        await kept.say()
+        async with serve(hub, folders, tmp_path) as (part, _):
+            monkeypatch.setattr(petald.serving_part, "load_serving", load)
+            await taker.say()
+            await kept.say(ServerState.LEAVING)
+            await until(lambda: len(tried) == 2)
+            assert tried == [str(folders["llama"]), str(folders["qwen2"])]
+            await until(serves(part, folders["qwen2"]))
+            await trio.sleep(1.0)  # many looks
+            assert len(tried) == 2
+            assert part.changes == 0
+            with trio.fail_after(5):
+                await part.stop(deadline_s=1.0)
+            assert part.serving is not None
+            assert part.serving.state == ServerState.LEAVING
+
+
+async def test_a_paused_server_stays_with_its_model(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "pause.json").write_text('{"until": null}')
+    async with open_memory_hub() as hub:
+        kept, taker = Other(hub, folders["llama"]), Other(hub, folders["qwen2"])
+        await kept.say()
+        async with serve(hub, folders, tmp_path) as (part, _):
+            await taker.say()
+            await kept.say(ServerState.LEAVING)
+            await trio.sleep(1.0)  # many looks
+            assert serves(part, folders["qwen2"])()
+            assert part.serving is not None
+            assert not part.serving.server.is_accepting
