@@ -31,10 +31,12 @@ class Capacity:
         fit: how many blocks it can host at most.
         block_steps_per_s: decode steps through one block that it does in a second; zero where it
             was not measured, and then it is taken for a typical one of the swarm.
+        missing: blocks that it cannot host, since it has not got their weights.
     """
 
     fit: int
     block_steps_per_s: float = 0.0
+    missing: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

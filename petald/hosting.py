@@ -22,6 +22,7 @@ from kernels.quant.formats import why_slow
 from kernels.span import Span, load_span
 from kernels.step_graphs import CudaRecorder
 from petald.adapter_store import AdapterStore
+from petald.block_load import Capacity
 from petald.config import ServeConfig
 from petald.devices import dtype_name, free_memory_bytes, parse_device, parse_dtype
 from petald.errors import ConfigError, raise_alone
@@ -88,7 +89,9 @@ class SpanLoader:
         self._adapters = tuple(adapters)
         self._device = parse_device(config.device)
         self._dtype = parse_dtype(config.dtype, self._device, quant=config.quant)
-        self._stored = Checkpoint(identity.folder).stored
+        checkpoint = Checkpoint(identity.folder)
+        self._stored = checkpoint.stored
+        self._missing = checkpoint.missing_blocks()
         self._speeds = speeds
         self._speed: BlockSpeed | None = None
         self._key = speed_key(
@@ -148,17 +151,27 @@ class SpanLoader:
             return known
         log.info("measuring one block", model=self._identity.name)
         notify_status(f"measuring one block of {self._identity.name}")
-        return (await self.load(0, 1)).speed
+        block = min(set(range(self._identity.config.num_blocks)) - self._missing)
+        return (await self.load(block, block + 1)).speed
 
-    def count_fitting(self, *, freed_bytes: int = 0) -> int:
-        """How many blocks fit, wherever they begin.
+    async def measure_capacity(self, *, freed_bytes: int = 0) -> Capacity:
+        """What this server can do for the model.
 
         Args:
             freed_bytes: so much more of the device's memory will be free than is now.
 
         Raises:
-            ConfigError: not one does.
+            ConfigError: not one block fits, or is here.
+            KernelError: a block cannot be loaded, to be measured.
         """
+        name, num_blocks = self._identity.name, self._identity.config.num_blocks
+        if len(self._missing) == num_blocks:
+            raise ConfigError(f"no block of {name} is here; fetch some with petalctl model pull")
+        fit = self._count_fitting(freed_bytes)
+        speed = await self.find_speed()
+        return Capacity(fit=fit, block_steps_per_s=1 / speed.step_s, missing=self._missing)
+
+    def _count_fitting(self, freed_bytes: int) -> int:
         memory_bytes = self._config.memory_bytes
         if not memory_bytes:
             free_bytes = free_memory_bytes(self._device) + freed_bytes

@@ -150,8 +150,6 @@ def _coverable(offer: ModelOffer) -> float:
     """The part of a model that nobody serves and this server could, at most."""
     if offer.load.planned_L.all():
         return 0.0
-    if not offer.load.planned_L.any():
-        return min(offer.capacity.fit, offer.load.num_blocks) / offer.load.num_blocks
     scores = score_spans(offer.load, offer.capacity)
     covered_WS = np.where(scores.is_possible_WS, scores.newly_covered_WS, 0.0)
     return float(covered_WS.max()) / offer.load.num_blocks

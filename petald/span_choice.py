@@ -43,11 +43,11 @@ def choose_span(load: BlockLoad, capacity: Capacity, *, rng: random.Random) -> t
 
     Args:
         load: what the others do, claims counted as made.
-        capacity: of the server; at least one block fits.
+        capacity: of the server; at least one block fits, and one is here.
         rng: chooses between spans that are as good, so that servers that start together spread.
     """
     num_blocks = load.num_blocks
-    if not load.planned_L.any():
+    if not (load.planned_L.any() or capacity.missing):
         return _choose_tile(num_blocks, min(capacity.fit, num_blocks), rng)
     scores = score_spans(load, capacity)
     covered_WS = np.where(scores.is_possible_WS, scores.newly_covered_WS, -1.0)

@@ -57,7 +57,7 @@ class SpanScores:
         worth_WS: the power mean, in units of the bound, with the server on that span; less what is
             to be expected of its loss.
         newly_covered_WS: how many blocks it would cover that nobody else is to cover.
-        is_possible_WS: whether the span lies in the model.
+        is_possible_WS: whether the span lies in the model, and all of it is here.
         share: of the server in what the swarm does in all, itself included.
     """
 
@@ -91,6 +91,9 @@ def score_spans(load: BlockLoad, capacity: Capacity) -> SpanScores:
     bound = total / num_blocks
     relative_L = load.throughput_L / bound + FLOOR
     lengths, ends_WS, is_possible_WS = _windows(num_blocks, fit)
+    if capacity.missing:
+        is_missing_L = np.isin(np.arange(num_blocks), list(capacity.missing))
+        is_possible_WS = is_possible_WS & (_counts(is_missing_L, ends_WS) == 0)
     need_L = _need(relative_L)
     gain_WL = need_L - _need(relative_L + (speed / bound / lengths)[:, None])
     gained_WS = _window_sums(gain_WL, ends_WS)

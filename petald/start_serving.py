@@ -108,8 +108,7 @@ async def load_serving(
     announcer = Announcer(directory, joining.make_announcement, rng=rng)
     capacity: Capacity | None = None
     if config.blocks == ANY_BLOCKS:
-        speed = await loader.find_speed()
-        capacity = Capacity(fit=loader.count_fitting(), block_steps_per_s=1 / speed.step_s)
+        capacity = await loader.measure_capacity()
         start, end = await choose_first_span(
             joining,
             capacity,
@@ -184,16 +183,12 @@ async def read_candidates(
         identity = await trio.to_thread.run_sync(identify_model, name)
         loader = SpanLoader(config, identity, executor, speeds=speeds)
         try:
-            fit = loader.count_fitting(freed_bytes=freed_bytes)
+            capacity = await loader.measure_capacity(freed_bytes=freed_bytes)
         except ConfigError as error:
             refusal = error
             continue
-        speed = await loader.find_speed()
         view = await router.read_view(identity, max_age_s=0.0)
-        offer = ModelOffer(
-            load=read_load(view, own=peer),
-            capacity=Capacity(fit=fit, block_steps_per_s=1 / speed.step_s),
-        )
+        offer = ModelOffer(load=read_load(view, own=peer), capacity=capacity)
         found[name] = Candidate(identity=identity, loader=loader, offer=offer)
     if not found:
         assert refusal is not None

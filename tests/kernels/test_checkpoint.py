@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from kernels.checkpoint import Checkpoint
@@ -70,6 +74,27 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(CorruptCheckpoint, match="cannot be read"):
         outputs(folder, torch.arange(3, 9))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "bloom"])
+def test_blocks_whose_files_are_not_here_are_known(tmp_path: Path, name: str) -> None:
+    folder = save_model(make_model(name), tmp_path)
+    assert not Checkpoint(folder).missing_blocks()
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    (folder / "model.safetensors").unlink()
+    numbers = {key: re.search(r"\.(\d+)\.", key) for key in tensors}
+    file_of = {
+        key: f"{number[1] if number else 'ends'}.safetensors" for key, number in numbers.items()
+    }
+    for file_name in set(file_of.values()):
+        held = {key: tensors[key] for key, file in file_of.items() if file == file_name}
+        save_file(held, folder / file_name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+    assert not Checkpoint(folder).missing_blocks()
+    (folder / "ends.safetensors").unlink()
+    (folder / "1.safetensors").unlink()
+    assert Checkpoint(folder).missing_blocks() == {1}
 
 
 @pytest.mark.parametrize("name", ["bloom", "gemma2", "llama"])

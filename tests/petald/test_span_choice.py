@@ -171,3 +171,21 @@ def test_the_model_with_uncovered_blocks_comes_first_and_then_the_hungriest() ->
     assert choose_model(offers, rng=rng) == "whole"
     offers["rich"] = ModelOffer(load=rich, capacity=one, demand=1000.0)
     assert choose_model(offers, rng=rng) == "rich"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(spans, max_size=8), st.integers(1, 6), st.sets(st.integers(0, 9), max_size=9))
+def test_only_blocks_that_are_here_are_taken(swarm, fit: int, missing: set[int]) -> None:
+    capacity = Capacity(fit=fit, block_steps_per_s=1.0, missing=frozenset(missing))
+    load = load_of(10, *swarm)
+    start, end = choose_span(load, capacity, rng=random.Random(0))
+    assert 0 < end - start <= fit
+    assert not missing & set(range(start, end))
+    here = [
+        range(first, last)
+        for first in range(10)
+        for last in range(first + 1, min(10, first + fit) + 1)
+        if not missing & set(range(first, last))
+    ]
+    empty = {block for block in range(10) if load.planned_L[block] == 0}
+    assert len(empty & set(range(start, end))) == max(len(empty & set(span)) for span in here)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -10,7 +12,15 @@ from pathlib import Path
 
 import pytest
 import trio
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from kernels.model_store import (
+    load_folder_manifest,
+    save_folder_manifest,
+    store_root,
+    weight_files,
+)
 from p2p.directory import Directory
 from p2p.memory_network import MemoryHub, open_memory_hub
 from petald.announcer import Announcer
@@ -123,3 +133,40 @@ async def test_a_span_is_announced_as_claimed_while_it_is_loaded(
         assert said[-1].claim is None
         assert said[-1].step_ms > 0
         assert said[-1].prefill_ms > 0
+
+
+async def test_of_a_model_that_is_here_in_part_only_that_part_is_served(tmp_path: Path) -> None:
+    folder = save_model(make_model("llama"), tmp_path / "model")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    (folder / "model.safetensors").unlink()
+    is_late = {key: bool(re.search(r"layers\.[23]\.", key)) for key in tensors}
+    late = {key: tensor for key, tensor in tensors.items() if is_late[key]}
+    save_file(late, folder / "late.safetensors")
+    early = {key: tensor for key, tensor in tensors.items() if not is_late[key]}
+    save_file(early, folder / "early.safetensors")
+    file_of = {
+        key: "late.safetensors" if late else "early.safetensors" for key, late in is_late.items()
+    }
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": file_of}))
+    weights = weight_files(folder)
+
+    def remove(name: str) -> None:
+        """As where the hub told the file's hash, and it was not fetched."""
+        (folder / name).unlink()
+        weights[name] = replace(weights[name], mtime_ns=None)
+        manifest = load_folder_manifest(folder, root=store_root())
+        assert manifest is not None
+        save_folder_manifest(folder, replace(manifest, weights=weights), root=store_root())
+
+    remove("early.safetensors")
+    config = replace(CONFIG, model=str(folder))
+    async with open_memory_hub() as hub, start(hub, config, tmp_path) as serving:
+        span = serving.hosting.span
+        assert (span.start, span.end) == (2, 4)
+    remove("late.safetensors")
+    async with open_memory_hub() as hub:
+        with pytest.RaisesGroup(pytest.RaisesExc(ConfigError, match="no block of")):
+            async with start(hub, config, tmp_path):
+                pass
