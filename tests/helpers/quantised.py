@@ -47,11 +47,12 @@ def load_both(
     dtype: torch.dtype,
     start: int = 0,
     end: int | None = None,
+    device: torch.device = CPU,
 ) -> tuple[Span, Span]:
     """A span in a weight format, and a dense one with the same weights."""
     end = checkpoint.config.num_blocks if end is None else end
-    span = load_span(checkpoint, start, end, dtype=dtype, device=CPU, quant=quant)
+    span = load_span(checkpoint, start, end, dtype=dtype, device=device, quant=quant)
     with dequantised_layers() as names:
-        dense = load_span(checkpoint, start, end, dtype=dtype, device=CPU, quant=quant)
+        dense = load_span(checkpoint, start, end, dtype=dtype, device=device, quant=quant)
     assert names, "no layer of the span is in few bits"
     return span, dense
