@@ -22,6 +22,7 @@ from petald import throughput
 from petald.codec_choice import AUTO_CODECS
 from petald.config import ServeConfig
 from petald.devices import dtype_name, free_memory_bytes, parse_device, parse_dtype
+from petald.duty_cycle import DECODE_DEBT_S
 from petald.executor import open_executor
 from petald.hosted_span import HostedSpan
 from petald.owner_load import GpuMeter, open_meter
@@ -150,9 +151,11 @@ async def test_a_share_of_the_gpu_is_of_its_own_time() -> None:
         for _ in range(12):
             await executor.run(nap_on_gpu, peer="somebody")
         took_s = time.perf_counter() - began_at
-        assert executor.computed_s - before_s >= 12 * NAP_S
+        computed_s = executor.computed_s - before_s
+        assert computed_s >= 12 * NAP_S
         assert executor.rests
-        assert (executor.computed_s - before_s) / took_s < 0.4
+        # The share, also of what decode steps need not wait for; and one piece of work.
+        assert computed_s <= 0.25 * (took_s + DECODE_DEBT_S) + computed_s / 12
 
 
 async def test_many_sessions_at_once_give_what_each_gives_alone(checkpoint: Checkpoint) -> None:
