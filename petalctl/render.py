@@ -21,10 +21,12 @@ from p2p.wire.control_messages import (
     SwarmReport,
 )
 from petalctl.coverage import (
+    block_steps,
     count_coverage,
     coverage_cells,
     describe_coverage,
     uncovered_ranges,
+    weakest_ranges,
 )
 from petalctl.names import join_ranges, shorten_peers
 from petalctl.terminal import neutralise_line
@@ -132,6 +134,12 @@ def _render_model(swarm: ModelSwarm) -> list[RenderableType]:
         parts.append(Padding(Text(f"covered:   {covered}"), (0, 0, 0, 2)))
     if gaps := uncovered_ranges(swarm.coverage):
         text = Text(f"UNCOVERED: {join_ranges(gaps)}, so no job can cross this model", style="red")
+        parts.append(Padding(text, (0, 0, 0, 2)))
+    elif weak := weakest_ranges(steps := block_steps(swarm.servers, swarm.blocks)):
+        text = Text(
+            f"needs help: {join_ranges(weak)}, {min(steps):.1f} steps/s, "
+            f"where blocks have {sum(steps) / len(steps):.1f} on average"
+        )
         parts.append(Padding(text, (0, 0, 0, 2)))
     if swarm.servers:
         parts.append(Padding(_servers_table(swarm.servers), (0, 0, 0, 2)))

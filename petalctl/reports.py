@@ -10,7 +10,7 @@ from typing import Any
 
 from p2p.wire.control_messages import StatusReport, SwarmReport
 from petalctl.client import Client
-from petalctl.coverage import uncovered_ranges
+from petalctl.coverage import block_steps, uncovered_ranges, weakest_ranges
 
 
 def run_status(args: argparse.Namespace) -> int:
@@ -58,5 +58,8 @@ def plain_swarm(report: SwarmReport) -> dict[str, Any]:
     """A swarm report as JSON has it, with what is missing named."""
     plain = plain_report(report)
     for model, swarm in zip(plain["models"], report.models, strict=True):
+        steps = block_steps(swarm.servers, swarm.blocks)
         model["uncovered"] = [list(gap) for gap in uncovered_ranges(swarm.coverage)]
+        model["steps_per_s"] = steps
+        model["weakest"] = [list(weak) for weak in weakest_ranges(steps)]
     return plain

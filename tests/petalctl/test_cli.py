@@ -248,6 +248,8 @@ def test_swarm_names_what_is_uncovered(run: Run) -> None:
         status, out, _ = run("--socket", daemon.path, "swarm", "--model", "tiny", "--json")
         model = json.loads(out)["models"][0]
         assert (model["coverage"], model["uncovered"]) == ([2, 2, 1, 0], [[3, 4]])
+        assert model["weakest"] == [[3, 4]]
+        assert model["steps_per_s"][3] == 0.0
         assert model["servers"][0]["peer"] == CHAIN[0].peer
         status, _, err = run("--socket", daemon.path, "swarm", "--model", "other")
         assert status == 1

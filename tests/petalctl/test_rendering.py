@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petalctl.coverage import (
+    block_steps,
+    count_coverage,
     coverage_cells,
     covered_ranges,
     describe_coverage,
     uncovered_ranges,
+    weakest_ranges,
 )
 from petalctl.names import shorten_peers
 from petalctl.render import format_age, format_bytes, print_rich, render_status, render_swarm
@@ -112,6 +115,36 @@ def test_hosted_adapters_are_told_with_their_blocks() -> None:
     print_rich(render_swarm(replace(report, models=(replace(swarm, servers=servers),))), page)
     assert f"  adapter:   {name}, 0:2 ×2, 2:3 ×1\n" in page.getvalue()  # noqa: RUF001
     assert "\x1b" not in page.getvalue()
+
+
+def test_the_blocks_that_need_help_most_are_told() -> None:
+    swarm = swarm_report(1).models[0]
+
+    def shown(*servers: tuple[int, int, float]) -> str:
+        told = tuple(
+            replace(swarm.servers[0], start=start, end=end, steps_per_s=steps)
+            for start, end, steps in servers
+        )
+        coverage = tuple(count_coverage([one[:2] for one in servers], swarm.blocks))
+        page = io.StringIO()
+        report = replace(swarm, servers=told, coverage=coverage)
+        print_rich(render_swarm(replace(swarm_report(1), models=(report,))), page)
+        return page.getvalue()
+
+    weak = shown((0, 2, 40.0), (2, 4, 10.0))
+    assert "  needs help: 2:4, 10.0 steps/s, where blocks have 25.0 on average\n" in weak
+    assert "needs help" not in shown((0, 2, 40.0), (2, 4, 36.0))
+    gap = shown((0, 2, 40.0), (3, 4, 10.0))
+    assert "UNCOVERED: 2:3" in gap
+    assert "needs help" not in gap
+    assert weakest_ranges([]) == []
+
+
+def test_a_server_that_takes_no_sessions_does_not_count() -> None:
+    server = swarm_report(1).models[0].servers[0]
+    leaving = replace(server, start=0, end=4, state="leaving")
+    serving = replace(server, start=1, end=9, state="serving", steps_per_s=7.0)
+    assert block_steps([leaving, serving], 4) == [0.0, 7.0, 7.0, 7.0]
 
 
 def test_pages_fit_a_terminal_of_80_columns() -> None:
