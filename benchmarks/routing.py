@@ -139,7 +139,7 @@ def plain_chain_s(view: SwarmView) -> float:
                 if other != peer:
                     way_s = known_s.get((other, peer), client_s[other] + client_s[peer])
                     enter_s = min(enter_s, so_far_s + way_s)
-            enter_s += server.announcement.queue_ms / 1e3
+            enter_s += (server.announcement.queue_ms + server.announcement.send_ms) / 1e3
             block_s = server.announcement.step_ms / 1e3 / (server.end - server.start)
             reached_s[peer] = min(done_s.get(peer, math.inf), enter_s) + block_s
         done_s = reached_s

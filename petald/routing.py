@@ -2,9 +2,9 @@
 
 Pure: functions of the swarm view and of the penalties that this peer keeps. The chain chosen is the
 one of least expected time per decode step, which is the ways between its hops, and in each hop the
-wait for the device and the time in its kernels. A way that neither of two servers measured is taken
-for the longest that it can be: through the client. (Anything less would make a detour over a near
-server seem to shorten the way to a far one.)
+wait for the device, the time in its kernels, and the time that its output takes to leave. A way
+that neither of two servers measured is taken for the longest that it can be: through the client.
+(Anything less would make a detour over a near server seem to shorten the way to a far one.)
 
 How it works: border after border, it is known for every server at what cost the blocks before the
 border can be done so that this server does the last of them (`_Search.done_s`). A server that holds
@@ -99,7 +99,7 @@ def choose_chain(
         holding=holding,
         hosted=hosted,
     )
-    search = _Search(columns, is_usable, columns.queue_s + penalty_s)
+    search = _Search(columns, is_usable, columns.queue_s + columns.send_s + penalty_s)
     search.run(start, end, _ends_s(columns, before, is_back=False))
     return search.chain_to(end, _ends_s(columns, after, is_back=True))
 
@@ -126,7 +126,8 @@ def chain_cost_s(
         ):
             return float("inf")
         compute_s = float(columns.block_s[position]) * (hop.end - hop.start)
-        total_s += float(columns.queue_s[position]) + penalties.get(hop.peer, 0.0) + compute_s
+        wait_s = float(columns.queue_s[position]) + float(columns.send_s[position])
+        total_s += wait_s + penalties.get(hop.peer, 0.0) + compute_s
     path = [before, *(hop.peer for hop in hops), after]
     return total_s + sum(_way_s(columns, *pair) for pair in itertools.pairwise(path))
 

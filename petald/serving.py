@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import random
+import statistics
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -116,6 +117,7 @@ class Serving:
             step_ms=round(step_s * 1e3, 2),
             prefill_ms=round(token_s * 1e3, 3),
             queue_ms=round(hosted.mean_queue_s * 1e3, 1),
+            send_ms=round(self._send_s() * 1e3, 2),
             round_trips=self._round_trips(),
             cache_tokens=arena.capacity_tokens,
             free_cache_tokens=arena.free_tokens,
@@ -257,6 +259,18 @@ class Serving:
         chosen = choose_next_hops(view, self.hosting.span.end, own=self._network.peer, rng=rng)
         await router.ping_all(chosen)
         self.next_hops[:] = chosen
+
+    def _send_s(self) -> float:
+        """How long the hidden states of one token take to leave; zero where nothing was measured.
+
+        Of the links the middle one: the slowest ones tell of what the other end can take.
+        """
+        peers = self._network.connected_peers()
+        rates = [self._network.bytes_per_s(peer.peer) for peer in peers]
+        known = [rate for rate in rates if rate is not None]
+        span = self.hosting.span
+        row_bytes = span.config.hidden_size * span.dtype.itemsize
+        return row_bytes / max(statistics.median(known), 1.0) if known else 0.0
 
     def _round_trips(self) -> tuple[RoundTripTo, ...]:
         measured = [(peer, self._network.round_trip_s(peer)) for peer in self.next_hops]

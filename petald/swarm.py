@@ -127,6 +127,8 @@ class Announcement(Record):
         version: of petald.
         queue_ms: mean time that a decode step lately waited for the device.
         prefill_ms: time for each token of a prefill through the whole span; zero where unknown.
+        send_ms: time that the hidden states of one token take to leave, by what this server's links
+            carry and as long as they are without a codec; zero where unknown.
         round_trips: to its likely next hops; the first one counts where a peer stands twice.
         adapters: that it hosts, by their full names; see `adapter_full_name`.
         claim: the move that it is about to make; none: it stays.
@@ -146,6 +148,7 @@ class Announcement(Record):
     addresses: Addresses = ()
     queue_ms: Milliseconds = 0.0
     prefill_ms: Milliseconds = 0.0
+    send_ms: Milliseconds = 0.0
     round_trips: Annotated[tuple[RoundTripTo, ...], Bound(0, MAX_ROUND_TRIPS)] = ()
     adapters: Annotated[tuple[AdapterName, ...], Bound(0, MAX_ADAPTERS)] = ()
     claim: Claim | None = None
@@ -246,6 +249,7 @@ class Columns:
         token_s: (N,) time of a token through one block, within a prefill; estimated from the decode
             step where the server announced none.
         queue_s: (N,) time that a step waits for the device.
+        send_s: (N,) time that a step's output takes to leave, beside the way that it has.
         free_cache_tokens: (N,), or -1 where the server takes no sessions.
         round_trip_s: (N,) from here; NaN where it was never measured.
     """
@@ -257,6 +261,7 @@ class Columns:
     block_s: Floats
     token_s: Floats
     queue_s: Floats
+    send_s: Floats
     free_cache_tokens: Integers
     round_trip_s: Floats
 
@@ -295,6 +300,7 @@ class Columns:
             block_s=step_ms / 1e3 / (end - start),
             token_s=token_ms / 1e3 / (end - start),
             queue_s=np.array([one.queue_ms for one in said], np.float64) / 1e3,
+            send_s=np.array([one.send_ms for one in said], np.float64) / 1e3,
             free_cache_tokens=np.array(free, np.int64),
             round_trip_s=np.array([server.round_trip_s for server in ordered], np.float64),
         )

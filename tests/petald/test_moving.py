@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -401,3 +402,18 @@ async def test_a_claim_is_announced(checkpoint: Checkpoint) -> None:
         mover.serving.claim = Claim(start=1, end=3, made_at_ms=7)
         announced = Announcement.decode(mover.serving.make_announcement().encode())
         assert announced.claim == Claim(start=1, end=3, made_at_ms=7)
+
+
+async def test_how_long_an_output_takes_to_leave_is_announced_by_the_middle_link(
+    checkpoint: Checkpoint,
+) -> None:
+    async with open_swarm(checkpoint, (0, 2), (2, 4)) as swarm, open_mover(swarm, 0, 2) as mover:
+        assert mover.serving.make_announcement().send_ms == 0.0
+        session = await swarm.open(chain=(mover.hop(), swarm.hops()[1]))
+        near(await run_steps(swarm, session, 0, 3), swarm.expected_SD[:3])
+        for number, rate in enumerate([1e3, 1e6, math.inf]):
+            peer = [*(network.peer for network in swarm.networks), swarm.client.peer][number]
+            swarm.hub.link(mover.peer, peer).bytes_per_s = rate
+        row_bytes = swarm.hidden_SD.shape[1] * 4
+        assert mover.serving.make_announcement().send_ms == round(row_bytes / 1e6 * 1e3, 2)
+        await session.close()

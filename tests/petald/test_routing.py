@@ -48,6 +48,7 @@ def make_server(
     free: int = 1000,
     state: str = ServerState.SERVING,
     queue_ms: float = 0.0,
+    send_ms: float = 0.0,
     pairs: Mapping[str, float] | None = None,
     adapters: tuple[str, ...] = (),
 ) -> Server:
@@ -64,6 +65,7 @@ def make_server(
             free_cache_tokens=free,
             dtype="float32",
             queue_ms=queue_ms,
+            send_ms=send_ms,
             round_trips=tuple(
                 RoundTripTo(peer=peer_digest(other), ms=ms)
                 for other, ms in (pairs or {}).items()
@@ -126,7 +128,7 @@ def cost_s(view: SwarmView, chain: Chain, asked: Question) -> float:
         server = servers[peer]
         said = server.announcement
         per_block = said.step_ms / 1e3 / (server.end - server.start)
-        total += per_block * (end - start) + said.queue_ms / 1e3
+        total += per_block * (end - start) + (said.queue_ms + said.send_ms) / 1e3
         total += asked.penalties_s.get(peer, 0.0)
     return total
 
@@ -204,6 +206,16 @@ def test_who_has_promised_room_already_needs_no_more() -> None:
     assert spans(choose_chain(view, needed_tokens=100, holding={"full"})) == [("z", 0, 6)]
 
 
+def test_a_narrow_link_counts_once_for_each_hop() -> None:
+    view = make_swarm(
+        make_server("narrow", 0, 6, step_ms=10.0, send_ms=13.0),
+        make_server("near", 0, 6, step_ms=20.0, send_ms=0.1),
+    )
+    chain = choose_chain(view, needed_tokens=1)
+    assert spans(chain) == [("near", 0, 6)]
+    assert chain_cost_s(view, chain) == pytest.approx(0.0201 + 0.01)
+
+
 def test_a_penalised_peer_is_left_out() -> None:
     view = make_swarm(make_server("a", 0, 6), make_server("z", 0, 6, round_trip_s=5.0))
     chain = choose_chain(view, needed_tokens=1, penalties_s={"a": math.inf})
@@ -225,13 +237,14 @@ def test_servers_that_cannot_be_true_are_not_in_the_view() -> None:
 PEERS = "abcdef"
 
 small_servers = st.builds(
-    lambda peer, start, length, step_ms, trip, queue_ms, pairs: make_server(
+    lambda peer, start, length, step_ms, trip, queue_ms, send_ms, pairs: make_server(
         peer,
         start,
         min(start + length, 5),
         step_ms=step_ms,
         round_trip_s=trip,
         queue_ms=queue_ms,
+        send_ms=send_ms,
         pairs=pairs,
     ),
     st.sampled_from(PEERS),
@@ -240,6 +253,7 @@ small_servers = st.builds(
     st.sampled_from([1.0, 5.0, 20.0, 100.0]),
     st.sampled_from([None, 0.0, 0.001, 0.02, 0.3]),
     st.sampled_from([0.0, 3.0, 50.0]),
+    st.sampled_from([0.0, 0.1, 20.0]),
     st.dictionaries(st.sampled_from(PEERS), st.sampled_from([0.0, 1.0, 30.0, 900.0]), max_size=4),
 )
 questions = st.builds(
