@@ -19,7 +19,10 @@ from kernels.kv_cache import CacheArena
 from kernels.span import Segment, Span
 from petald.executor import Executor, Timed
 from petald.hosted_cache import HostedCache, open_hosted_cache
+from petald.log import get_logger
 from petald.scheduler import Priority
+
+log = get_logger(__name__)
 
 MAX_DECODE_TOKENS = 4
 """A step of so few tokens is bound by reading the weights, like a decode step, and ranks as one."""
@@ -59,6 +62,7 @@ class HostedSpan:
         self._token_s: float | None = None
         self.decode_steps = 0
         self.prefill_steps = 0
+        self._has_told_failure = False
 
     @property
     def mean_queue_s(self) -> float:
@@ -182,6 +186,9 @@ class HostedSpan:
             batch_key=(start, end, cache.adapters),
             peer=peer,
         )
+        if self.span.graphs_failure and not self._has_told_failure:
+            self._has_told_failure = True
+            log.warning("decode steps are not recorded", reason=self.span.graphs_failure)
         if is_decode:
             self.decode_steps += 1
             self._block_s = _mean(self._block_s, timed.compute_s / (end - start), STEP_WEIGHT)

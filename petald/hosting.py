@@ -227,8 +227,6 @@ class SpanLoader:
         if speed is None or beside is None:  # else measuring would hold up who is served meanwhile
             self._speed = speed = await self._executor.run(measure_speed, span, arena)
             await trio.to_thread.run_sync(self._speeds.put, self._key, speed)
-        if span.graphs_failure:
-            log.warning("decode steps are not recorded", reason=span.graphs_failure)
         adapters = AdapterStore(
             span,
             hosted=await self._executor.run(place_adapters, self._adapters, span),

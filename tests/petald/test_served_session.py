@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -660,6 +660,26 @@ async def test_a_step_beyond_what_is_cached_is_refused_by_the_span(tmp_path: Pat
         await hosted.close_cache(cache)
 
 
+async def test_a_gpu_that_cannot_record_steps_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    checkpoint = Checkpoint(save_model(make_model("llama"), tmp_path))
+    span = load_span(checkpoint, 0, 2, dtype=torch.float32, device=CPU)
+    arena = CacheArena(span.config, blocks=2, capacity_tokens=64, dtype=torch.float32, device=CPU)
+    span.record_steps(record)
+    async with open_executor(name="tiny") as executor:
+        hosted = HostedSpan(span, arena, executor)
+        cache = await hosted.open_cache(16)
+        for position in range(3):
+            row_SD = torch.zeros(1, 48)
+            await hosted.run_step(cache, row_SD, position=position, start=0, end=2)
+        await hosted.close_cache(cache)
+    assert caplog.text.count("decode steps are not recorded") == 1
+
+
 class TimedExecutor:
     """Steps take as long as it is told."""
 
@@ -676,7 +696,9 @@ class TimedExecutor:
 async def test_the_announced_step_time_follows_the_decode_steps() -> None:
     executor, arena = TimedExecutor(), FakeArena(CACHE_TOKENS)
     model = SimpleNamespace(hidden_size=4)
-    stub: Any = SimpleNamespace(start=4, end=8, dtype=torch.float32, config=model)
+    stub: Any = SimpleNamespace(
+        start=4, end=8, dtype=torch.float32, config=model, graphs_failure=""
+    )
     hosted = HostedSpan(stub, arena, executor)  # type: ignore[arg-type]
     cache: Any = SimpleNamespace(adapters=())
     async with open_memory_hub() as hub:
