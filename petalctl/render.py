@@ -114,7 +114,7 @@ def _peers_table(peers: Sequence[PeerStatus]) -> Table:
 def render_swarm(report: SwarmReport) -> RenderableType:
     """Each model, its coverage, its servers."""
     if not report.models:
-        return Text("this daemon knows no model; name one under [route] models in its config")
+        return Text("this daemon knows no model; name one under [serve] or [route] in its config")
     parts: list[RenderableType] = []
     for swarm in report.models:
         parts += ["", *_render_model(swarm)] if parts else _render_model(swarm)

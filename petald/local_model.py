@@ -153,10 +153,15 @@ class LocalModels:
                 log.info("routing for model", model=identity.name)
         return model
 
-    async def known(self) -> list[ModelIdentity]:
-        """Every model that can be named here: of the configuration, of the store, and by path."""
+    async def known(self, *served: str) -> list[ModelIdentity]:
+        """Every model that can be named here: of the configuration, of the store, and by path.
+
+        Args:
+            served: those that the configuration gives to be served, whether they are routed or not.
+        """
         stored = await trio.to_thread.run_sync(list_models)
-        names = [*self._preferred, *self._identities, *(folder.name for folder in stored)]
+        names = [*self._preferred, *served, *self._identities]
+        names += [folder.name for folder in stored]
         identities: dict[bytes, ModelIdentity] = {}
         for name in dict.fromkeys(names):
             try:

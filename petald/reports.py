@@ -126,7 +126,9 @@ class Reporter:
         if request.model:
             identities = [await self._models.identify(request.model)]
         else:
-            identities = await self._models.known()
+            serve = self._config.serve
+            served = (serve.model,) if serve.model else serve.models
+            identities = await self._models.known(*served)
         models = [await self._report_model(identity) for identity in identities[:256]]
         return SwarmReport(job=request.job, models=tuple(models))
 
