@@ -3,8 +3,9 @@
 A holder takes a record only from the peer whose it is, which its connection has proven, so nobody
 can put again what somebody else once said. Readers check signatures and beats, since holders may
 lie, and ask several, since they may withhold. What is decided stands in pure modules: `p2p.shards`
-(under which keys), `p2p.directory_author` (what to say), `p2p.holder_choice` (whom to ask),
-`p2p.directory_memory` (what to believe), `p2p.directory_store` (what to keep for others). Here it
+(under which keys), `p2p.directory_author` (what to say), `p2p.model_memory` and `p2p.holder_choice`
+(what and whom to ask), `p2p.directory_memory` (what to believe), `p2p.directory_store` (what to
+keep for others). Here it
 is carried out. Invariant: reading a key ends within its deadline, whoever hangs.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -23,13 +24,13 @@ from p2p.directory_holder import MAX_FRAME_BYTES, DirectoryHolder, SignatureChec
 from p2p.directory_memory import KeyMemory, Known
 from p2p.directory_store import DirectoryStore
 from p2p.errors import P2PError, Refused, RemoteProtocolError
-from p2p.holder_choice import HOLDERS, HolderBook, asked_at_once
+from p2p.holder_choice import HOLDERS, HolderBook
+from p2p.model_memory import KeyRead, ModelMemory
 from p2p.network import Network
 from p2p.rpc import MessageStream, call
-from p2p.shards import SERVERS_PER_SHARD, Sample, Shard, peer_digest, shard_index
+from p2p.shards import SERVERS_PER_SHARD, Sample, Shard, peer_digest
 from p2p.wire.directory_messages import (
     DIRECTORY_PROTOCOL,
-    MAX_TTL_S,
     GetRecords,
     ListRecords,
     PutRecord,
@@ -82,28 +83,11 @@ class Lookup:
 class _Model:
     """One model's part of the directory, as this peer knows it."""
 
-    def __init__(self, sample: Sample, author: Author) -> None:
-        self.sample = sample
+    def __init__(self, memory: ModelMemory, author: Author) -> None:
+        self.memory = memory
         self.author = author
-        self.memories: dict[bytes, KeyMemory] = {}
-        self.read_at: dict[bytes, float] = {}
         self.looked_at: float | None = None
         self.lock = trio.Lock()
-
-    def living(self, now: float) -> dict[bytes, Known]:
-        """Of each server, by its digest, what it told last under whichever key."""
-        found: dict[bytes, Known] = {}
-        for memory in self.memories.values():
-            for digest, one in memory.living(now).items():
-                known = found.get(digest)
-                if known is None or one.version > known.version:
-                    found[digest] = one
-        return found
-
-    def forget_unread(self, now: float) -> None:
-        """Forgets the keys that were read last before all that they held had expired."""
-        for key in [key for key, at in self.read_at.items() if now - at > MAX_TTL_S]:
-            del self.read_at[key], self.memories[key]
 
 
 class _Reading:
@@ -176,7 +160,7 @@ class Directory:
         model = self._model(key)
         if model.looked_at is None:
             await self.lookup(key)
-        keys = model.sample.keys(key, self._digest)
+        keys = model.memory.sample.keys(key, self._digest)
         model.author.forget_all_but(keys)
         taken = dict.fromkeys(keys, 0)
 
@@ -207,24 +191,18 @@ class Directory:
             whole: read all, however many there are.
         """
         model = self._model(key)
-        sample = model.sample
+        sample = model.memory.sample
         async with model.lock:
             for _ in range(MAX_ROUNDS):
-                await self._read_shards(key, model, sample.shards)
+                await self._read_shards(model, sample.shards)
                 model.looked_at = self._clock()
-                if sample.on_read(model.living(self._clock())):
+                if model.memory.finish(self._clock()):
                     break
             shards, share = sample.shards, sample.share
             if whole and share < 1:
                 shards, share = sample.all_shards, 1.0
-                await self._read_shards(key, model, shards)
-            level, indices = sample.level, {shard.index for shard in shards}
-            living = model.living(self._clock())
-            model.forget_unread(self._clock())
-        return Lookup(
-            tuple(one for digest, one in living.items() if shard_index(digest, level) in indices),
-            share,
-        )
+                await self._read_shards(model, shards)
+            return Lookup(model.memory.find(shards, self._clock()), share)
 
     # Writing.
 
@@ -250,46 +228,37 @@ class Directory:
 
     # Reading.
 
-    async def _read_shards(self, key: bytes, model: _Model, shards: Iterable[Shard]) -> None:
+    async def _read_shards(self, model: _Model, shards: Sequence[Shard]) -> None:
         limiter = trio.CapacityLimiter(KEYS_AT_ONCE)
-        is_shard = model.sample.level > 0
+        is_shard = model.memory.sample.level > 0
 
-        living = model.living(self._clock())
-
-        async def read(shard: Shard) -> None:
-            expected = {
-                digest: one.expires_at for digest, one in living.items() if shard.holds(digest)
-            }
+        async def read(memory: KeyMemory) -> None:
             async with limiter:
-                await self._read_key(model, shard.key(key), expected, is_shard=is_shard)
+                await self._read_key(memory, is_shard=is_shard)
 
         async with trio.open_nursery() as nursery:
-            for shard in shards:
-                nursery.start_soon(read, shard)
+            for memory in model.memory.begin(shards, self._clock()):
+                nursery.start_soon(read, memory)
 
-    async def _read_key(
-        self, model: _Model, key: bytes, expected: Mapping[bytes, float], *, is_shard: bool
-    ) -> None:
-        memory = model.memories.get(key)
-        if memory is None:
-            memory = model.memories[key] = KeyMemory(key, is_signed=self._checks.is_signed)
-        memory.begin(self._clock(), expected)
-        model.read_at[key] = self._clock()
-        asked: list[str] = []
+    async def _read_key(self, memory: KeyMemory, *, is_shard: bool) -> None:
+        key_read: KeyRead | None = None
         with trio.move_on_after(LOOKUP_DEADLINE_S) as scope:
             reading = _Reading(memory, scope, is_shard=is_shard)
-            holders = await self._find_holders(key, is_shard=is_shard)
-            queue = self._book.order(holders, self._clock(), rng=self._rng)
-            while queue and not memory.is_enough(self._clock()):
-                count = asked_at_once(is_first=not asked, is_cold=memory.is_cold, is_shard=is_shard)
-                wave, queue = queue[:count], queue[count:]
-                asked += wave
+            holders = await self._find_holders(memory.key, is_shard=is_shard)
+            key_read = KeyRead(
+                memory,
+                self._book,
+                holders,
+                rng=self._rng,
+                is_shard=is_shard,
+                now=self._clock(),
+            )
+            while wave := key_read.next_wave(self._clock()):
                 async with trio.open_nursery() as nursery:
                     for holder in wave:
                         nursery.start_soon(self._ask, reading, holder)
-        now = self._clock()
-        memory.finish(now)
-        self._book.note_bad(memory.find_bad(asked, now), now)
+        if key_read is not None:
+            key_read.finish(self._clock())
 
     async def _ask(self, reading: _Reading, holder: str) -> None:
         try:
@@ -346,8 +315,9 @@ class Directory:
         if model is None:
             if len(self._models) >= MAX_MODELS:
                 del self._models[next(iter(self._models))]
+            sample = Sample(self._digest, rng=self._rng, per_shard=self._per_shard)
             model = self._models[key] = _Model(
-                Sample(self._digest, rng=self._rng, per_shard=self._per_shard),
+                ModelMemory(key, sample, is_signed=self._checks.is_signed),
                 Author(self._network.peer, sign=self._network.sign, make_secret=os.urandom),
             )
         return model

@@ -114,6 +114,7 @@ class DirectoryStore:
         self._keys: dict[bytes, dict[bytes, _Kept]] = {}
         self._tallies: dict[bytes, _Tally] = defaultdict(_Tally)
         self._keys_of_peer: dict[bytes, int] = defaultdict(int)
+        self._soonest: dict[bytes, float] = {}
         self._all = _Tally()
         self._count = 0
 
@@ -244,11 +245,13 @@ class DirectoryStore:
         kept.neighbourhood = known.neighbourhood  # it moves at the earliest when it is put anew
         self._all.resize(kept.neighbourhood, grown)
         self._keys[place[0]][place[1]] = kept
+        self._hasten(place[0], kept.expires_at)
 
     def _insert(self, place: Place, kept: _Kept) -> None:
         self._keys.setdefault(place[0], {})[place[1]] = kept
         self._tallies[place[0]].add(kept.neighbourhood, place, 1)
         self._all.add(kept.neighbourhood, place, kept.size)
+        self._hasten(place[0], kept.expires_at)
         self._keys_of_peer[place[1]] += 1
         self._count += 1
 
@@ -263,10 +266,18 @@ class DirectoryStore:
             del self._keys_of_peer[digest]
         if not self._keys[key]:
             del self._keys[key], self._tallies[key]
+            self._soonest.pop(key, None)
 
     def _expire(self, key: bytes, now: float) -> None:
+        if now < self._soonest.get(key, 0.0):
+            return  # beats only prolong
         expired = [
             digest for digest, kept in self._keys.get(key, {}).items() if kept.expires_at <= now
         ]
         for digest in expired:
             self._remove((key, digest))
+        if key in self._keys:
+            self._soonest[key] = min(kept.expires_at for kept in self._keys[key].values())
+
+    def _hasten(self, key: bytes, expires_at: float) -> None:
+        self._soonest[key] = min(self._soonest.get(key, expires_at), expires_at)

@@ -75,7 +75,7 @@ class Peer:
 
     @property
     def level(self) -> int:
-        return self.directory._model(KEY).sample.level
+        return self.directory._model(KEY).memory.sample.level
 
 
 async def test_nobody_is_invisible_while_a_swarm_grows_and_shrinks(autojump_clock):
@@ -120,8 +120,8 @@ async def test_a_large_swarm_is_read_in_part_or_whole(autojump_clock):
     async with open_memory_hub() as hub:
         peers = [Peer(hub, number, per_shard=per_shard) for number in range(count)]
         for peer in peers:
-            peer.directory._model(KEY).sample.level = 4
-            peer.directory._model(KEY).sample.servers = 16 * 4.0
+            peer.directory._model(KEY).memory.sample.level = 4
+            peer.directory._model(KEY).memory.sample.servers = 16 * 4.0
             peer.directory._model(KEY).looked_at = 0.0
             await peer.directory.publish(KEY, b"same", ttl_s=TTL_S, sequence=1)
         reader = Peer(hub, count, per_shard=per_shard)
@@ -173,4 +173,4 @@ async def test_shards_over_libp2p():
             found = await directory.lookup(KEY)
             assert found.share == 1
             assert {record.peer for record in found.records} == {each.peer for each in networks}
-            assert directory._model(KEY).sample.level == 2
+            assert directory._model(KEY).memory.sample.level == 2
