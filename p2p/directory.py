@@ -194,7 +194,7 @@ class Directory:
         sample = model.memory.sample
         async with model.lock:
             for _ in range(MAX_ROUNDS):
-                await self._read_shards(model, sample.shards)
+                await self._read_shards(model, model.memory.due(self._clock()))
                 model.looked_at = self._clock()
                 if model.memory.finish(self._clock()):
                     break

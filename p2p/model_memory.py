@@ -14,6 +14,9 @@ from p2p.holder_choice import HolderBook, asked_at_once
 from p2p.shards import Sample, Shard, shard_index
 from p2p.wire.directory_messages import MAX_TTL_S, SignedRecord
 
+SHARD_AGE_S = 15.0
+"""The time between two announcements of a server."""
+
 
 class KeyRead:
     """One read of one key: whom to ask next, and when it is over.
@@ -81,11 +84,26 @@ class ModelMemory:
         self._memories: dict[bytes, KeyMemory] = {}
         self._read_at: dict[bytes, float] = {}
 
+    def due(self, now: float) -> tuple[Shard, ...]:
+        """Which shards of the sample to read now.
+
+        Where that is all that there is, all of it. Of a larger swarm those that were not read just
+        before: hardly a server has said anything since.
+        """
+        shards = self.sample.shards
+        if self.sample.share == 1:
+            return shards
+        return tuple(
+            shard
+            for shard in shards
+            if now - self._read_at.get(shard.key(self._key), -SHARD_AGE_S) >= SHARD_AGE_S
+        )
+
     def begin(self, shards: Sequence[Shard], now: float) -> list[KeyMemory]:
         """Begins to read some shards; gives the memory of each."""
         expected: dict[int, dict[bytes, float]] = {shard.index: {} for shard in shards}
         for digest, one in self.living(now).items():
-            index = shard_index(digest, shards[0].level)
+            index = shard_index(digest, self.sample.level)
             if index in expected:
                 expected[index][digest] = one.expires_at
         begun = []
