@@ -348,6 +348,7 @@ class World:
         while wave := read.next_wave(self.now):
             for peer in wave:
                 self.ask(reader, memory, holders[peer])
+                read.on_end(peer)
         read.finish(self.now)
 
     def ask(self, reader: Reader, memory: KeyMemory, holder: Server) -> None:

@@ -63,6 +63,9 @@ from the announcements of those who looked later, and is one of eight."""
 SIZE_AGE_S = 60.0
 """An author that has not read for so long reads, to know under which keys to announce itself."""
 
+OWN_PART = "own"
+"""A neighbourhood of one, so that the own record is never pushed out."""
+
 MAX_MODELS = 256
 MAX_KEYS = 65_536
 
@@ -93,8 +96,11 @@ class _Model:
 class _Reading:
     """A key that is being read."""
 
-    def __init__(self, memory: KeyMemory, scope: trio.CancelScope, *, is_shard: bool) -> None:
+    def __init__(
+        self, memory: KeyMemory, read: KeyRead, scope: trio.CancelScope, *, is_shard: bool
+    ) -> None:
         self.memory = memory
+        self.read = read
         self.scope = scope
         self.is_shard = is_shard
         self.released = trio.Event()
@@ -210,7 +216,7 @@ class Directory:
         """Tells a holder of the own record; says whether it took it."""
         try:
             if holder == self._network.peer:
-                self._holder.keep(own.whole, holder)
+                self._holder.keep(own.whole, holder, OWN_PART)
                 return True
             with trio.fail_after(CALL_DEADLINE_S):
                 message = own.message_for(holder)
@@ -241,35 +247,39 @@ class Directory:
                 nursery.start_soon(read, memory)
 
     async def _read_key(self, memory: KeyMemory, *, is_shard: bool) -> None:
-        key_read: KeyRead | None = None
         with trio.move_on_after(LOOKUP_DEADLINE_S) as scope:
-            reading = _Reading(memory, scope, is_shard=is_shard)
-            holders = await self._find_holders(memory.key, is_shard=is_shard)
-            key_read = KeyRead(
+            read = KeyRead(
                 memory,
                 self._book,
-                holders,
+                await self._find_holders(memory.key, is_shard=is_shard),
                 rng=self._rng,
                 is_shard=is_shard,
                 now=self._clock(),
             )
-            while wave := key_read.next_wave(self._clock()):
-                async with trio.open_nursery() as nursery:
-                    for holder in wave:
-                        nursery.start_soon(self._ask, reading, holder)
-        if key_read is not None:
-            key_read.finish(self._clock())
+            reading = _Reading(memory, read, scope, is_shard=is_shard)
+            try:
+                while wave := read.next_wave(self._clock()):
+                    async with trio.open_nursery() as nursery:
+                        for holder in wave:
+                            nursery.start_soon(self._ask, reading, holder, nursery.cancel_scope)
+            finally:
+                read.finish(self._clock())
 
-    async def _ask(self, reading: _Reading, holder: str) -> None:
+    async def _ask(self, reading: _Reading, holder: str, wave: trio.CancelScope) -> None:
+        memory = reading.memory
         try:
             if holder == self._network.peer:
-                self._read_own(reading.memory)
+                self._read_own(memory)
             else:
                 with trio.fail_after(SHARD_DEADLINE_S if reading.is_shard else CALL_DEADLINE_S):
                     await self._read_from(reading, holder)
         except (P2PError, trio.TooSlowError):
             pass  # this is why several are asked
-        if reading.memory.living(self._clock()) and not reading.is_shard:
+        reading.read.on_end(holder)
+        if reading.is_shard:
+            if memory.is_enough(self._clock()):
+                wave.cancel()
+        elif memory.living(self._clock()):
             # The others have had the same time, and one of them may hang.
             scope = reading.scope
             scope.deadline = min(scope.deadline, trio.current_time() + GRACE_S)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import trio
 
+from p2p.addresses import neighbourhood
 from p2p.directory_store import DirectoryStore
 from p2p.errors import RecordRejected, RemoteProtocolError
 from p2p.network import Network, Stream
@@ -92,15 +93,21 @@ class DirectoryHolder:
             async with MessageStream(
                 stream, max_frame_bytes=MAX_FRAME_BYTES, max_received_bytes=FIRST_MESSAGE_BYTES
             ) as messages:
+                part = neighbourhood(stream.remote_host)
                 request: Message | None = await receive_first(messages, HELLO_DEADLINE_S)
                 for _ in range(MAX_QUESTIONS):
                     if request is None:
                         return
-                    await messages.send(self._answer(request, messages.remote_peer))
+                    await messages.send(self._answer(request, messages.remote_peer, part))
                     request = await messages.receive()
 
-    def keep(self, request: PutRecord | PutBeat, remote_peer: str) -> None:
+    def keep(self, request: PutRecord | PutBeat, remote_peer: str, part: str) -> None:
         """Takes what a peer says of itself.
+
+        Args:
+            request: what it says.
+            remote_peer: who it is, as its connection has proven.
+            part: the neighbourhood that it is in.
 
         Raises:
             RecordRejected: it is not to be kept.
@@ -120,13 +127,19 @@ class DirectoryHolder:
             raise RecordRejected("a record is taken only from the peer whose it is")
         if not self._checks.is_signed(request.record):
             raise RecordRejected("the signature is not the peer's")
-        self._store.put(request.record, now=now, number=request.number, beat=request.beat)
+        self._store.put(
+            request.record,
+            now=now,
+            number=request.number,
+            beat=request.beat,
+            neighbourhood=part,
+        )
 
-    def _answer(self, request: Message, remote_peer: str) -> Message:
+    def _answer(self, request: Message, remote_peer: str, part: str) -> Message:
         now = self._clock()
         if isinstance(request, PutRecord | PutBeat):
             try:
-                self.keep(request, remote_peer)
+                self.keep(request, remote_peer, part)
             except RecordRejected as error:
                 return Refusal(code=error.code, text=str(error))
             return Ok()

@@ -189,12 +189,13 @@ class KeyMemory:
         """Whether the holders' answers so far can be believed to be the whole.
 
         One is enough that has nearly all that lives by what is remembered; two where nothing is.
-        And nobody is to be forgotten before all holders were asked: who crashed is asked for in
-        this way once or twice, and whom some holders hide is found at others.
+        What they listed must have been fetched, too. And nobody is to be forgotten before all
+        holders were asked: who crashed is asked for in this way once or twice, and whom some
+        holders hide is found at others.
         """
         living = self._to_be_listed(now)
         good = sum(not self._is_lacking(holder, living.keys()) for holder in self._lists)
-        if good < (2 if self._is_cold else 1):
+        if good < (2 if self._is_cold else 1) or any(map(self._open, self._lists)):
             return False
         return all(until - now > FADING_S for until in living.values())
 

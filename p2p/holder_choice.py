@@ -32,9 +32,11 @@ class HolderBook:
     def __init__(self) -> None:
         self._bad_since: dict[str, float] = {}
 
-    def note_bad(self, holders: Iterable[str], now: float) -> None:
-        """These did not answer, lied, or withheld."""
-        for holder in holders:
+    def note(self, good: Iterable[str], bad: Iterable[str], now: float) -> None:
+        """How holders did: the bad ones did not answer, lied, or withheld."""
+        for holder in good:
+            self._bad_since.pop(holder, None)
+        for holder in bad:
             if len(self._bad_since) >= MAX_REMEMBERED:
                 del self._bad_since[next(iter(self._bad_since))]
             self._bad_since.pop(holder, None)

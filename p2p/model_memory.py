@@ -45,6 +45,7 @@ class KeyRead:
         self._is_shard = is_shard
         self._queue = book.order(holders, now, rng=rng)
         self._asked: list[str] = []
+        self._ended: set[str] = set()
 
     def next_wave(self, now: float) -> list[str]:
         """The holders to ask now, all at once; nobody where the read is over."""
@@ -57,10 +58,15 @@ class KeyRead:
         self._asked += wave
         return wave
 
+    def on_end(self, holder: str) -> None:
+        """A holder has answered, or failed to; others may have been given up for what it said."""
+        self._ended.add(holder)
+
     def finish(self, now: float) -> None:
-        """Remembers who did badly."""
+        """The read is over: remembers how the holders did."""
         self._memory.finish(now)
-        self._book.note_bad(self._memory.find_bad(self._asked, now), now)
+        bad = self._memory.find_bad(self._ended, now)
+        self._book.note(self._ended.difference(bad), bad, now)
 
 
 class ModelMemory:

@@ -270,7 +270,8 @@ def make_flood(peer: str) -> SignedRecord:
 def test_who_did_badly_is_asked_last_for_a_while():
     book, rng = HolderBook(), random.Random(0)
     holders = [str(number) for number in range(HOLDERS)]
-    book.note_bad(["3", "5"], 0.0)
+    book.note([], ["1", "3", "5"], 0.0)
+    book.note(["1"], [], 0.0)
     assert set(book.order(holders, 1.0, rng=rng)[-2:]) == {"3", "5"}
     firsts = {book.order(holders, REMEMBERED_S, rng=rng)[0] for _ in range(200)}
     assert firsts == set(holders)
