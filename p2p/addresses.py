@@ -81,3 +81,19 @@ def keep_dialable(texts: Iterable[str], limit: int) -> tuple[str, ...]:
             if len(kept) >= limit:
                 break
     return tuple(kept)
+
+
+def neighbourhood(host: str) -> str:
+    """The part of the address space that a host is in: its /24 of IPv4, its /48 of IPv6.
+
+    That is about what one customer of an access provider gets at most (RFC 6177, section 2), and so
+    what one peer can fill with identities. Hosts without an address are one neighbourhood.
+    """
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    prefix = 24 if address.version == 4 else 48
+    return str(ipaddress.ip_network((address, prefix), strict=False))

@@ -1,53 +1,115 @@
-"""The directory: records put to, and read from, the peers nearest to a key.
+"""The directory: records put to, and read from, the peers nearest to a model's keys.
 
 A holder takes a record only from the peer whose it is, which its connection has proven, so nobody
-can put again what somebody else once said. Readers check signatures, since holders may lie, and ask
-several, since they may withhold. Invariant: a lookup ends within its deadline, whoever hangs.
+can put again what somebody else once said. Readers check signatures and beats, since holders may
+lie, and ask several, since they may withhold. What is decided stands in pure modules: `p2p.shards`
+(under which keys), `p2p.directory_author` (what to say), `p2p.model_memory` and `p2p.holder_choice`
+(what and whom to ask), `p2p.directory_memory` (what to believe), `p2p.directory_store` (what to
+keep for others). Here it
+is carried out. Invariant: reading a key ends within its deadline, whoever hangs.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
+import random
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import trio
 
+from p2p.directory_author import Author, OwnRecord
+from p2p.directory_holder import MAX_FRAME_BYTES, DirectoryHolder, SignatureChecks
+from p2p.directory_memory import KeyMemory, Known
 from p2p.directory_store import DirectoryStore
-from p2p.errors import P2PError, RecordRejected, RemoteProtocolError
-from p2p.network import Network, Stream
-from p2p.rpc import FIRST_MESSAGE_BYTES, MessageStream, call, receive_first
+from p2p.errors import P2PError, Refused, RemoteProtocolError
+from p2p.holder_choice import HOLDERS, HolderBook
+from p2p.model_memory import KeyRead, ModelMemory
+from p2p.network import Network
+from p2p.rpc import MessageStream, call
+from p2p.shards import SERVERS_PER_SHARD, Sample, Shard, peer_digest
 from p2p.wire.directory_messages import (
     DIRECTORY_PROTOCOL,
-    MAX_RECORDS_PER_MESSAGE,
     GetRecords,
+    ListRecords,
     PutRecord,
+    RecordList,
     Records,
-    SignedRecord,
-    signed_bytes,
+    decode_rows,
 )
-from p2p.wire.message import expect
-from p2p.wire.replies import Ok, Refusal
-
-HOLDERS = 8
-"""Peers that keep each record: with half of them gone between two announcements, as in the worst
-churn that Kademlia's paper reports, one is left in 255 of 256 cases."""
+from p2p.wire.message import Message, expect
+from p2p.wire.replies import Ok
 
 CALL_DEADLINE_S = 5.0
+SHARD_DEADLINE_S = 2.0
+"""For a holder of a shard to answer, before another is asked: a dial and two questions on ways of
+some 150 ms."""
+
 LOOKUP_DEADLINE_S = 6.0
-SERVE_DEADLINE_S = 20.0
-HELLO_DEADLINE_S = 10.0
+"""For reading one key, and so for a lookup in a small swarm."""
+
 GRACE_S = 1.0
 """For the slower holders, once one has answered with records."""
 
-CLOCK_SKEW_S = 600.0
-"""How wrong a peer's clock may be. Holders expire records by their own clocks; this bound only
-keeps a lying holder from giving out records of long ago."""
+MAX_ROUNDS = 4
+"""Of one lookup, each at another level than the one before."""
 
-MAX_RECORDS_READ = 16_384
-MAX_FRAME_BYTES = 2 * 1024 * 1024
-MAX_CHECKED = 65_536
+KEYS_AT_ONCE = 16
+HOLDERS_AGE_S = 120.0
+"""For how long it is remembered who holds a shard. A peer that came nearer since has its records
+from the announcements of those who looked later, and is one of eight."""
+
+SIZE_AGE_S = 60.0
+"""An author that has not read for so long reads, to know under which keys to announce itself."""
+
+OWN_PART = "own"
+"""A neighbourhood of one, so that the own record is never pushed out."""
+
+MAX_MODELS = 256
+MAX_KEYS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What a lookup found.
+
+    Attributes:
+        records: of each server the newest.
+        share: the part of all servers that these are about; 1 while all is read.
+    """
+
+    records: tuple[Known, ...]
+    share: float = 1.0
+
+
+class _Model:
+    """One model's part of the directory, as this peer knows it."""
+
+    def __init__(self, memory: ModelMemory, author: Author) -> None:
+        self.memory = memory
+        self.author = author
+        self.looked_at: float | None = None
+        self.lock = trio.Lock()
+
+
+class _Reading:
+    """A key that is being read."""
+
+    def __init__(
+        self, memory: KeyMemory, read: KeyRead, scope: trio.CancelScope, *, is_shard: bool
+    ) -> None:
+        self.memory = memory
+        self.read = read
+        self.scope = scope
+        self.is_shard = is_shard
+        self.released = trio.Event()
+
+    def release(self, holder: str, claimed: Iterable[bytes]) -> None:
+        """Lets others fetch what this holder has not given."""
+        self.memory.release(holder, claimed)
+        self.released.set()
+        self.released = trio.Event()
 
 
 class Directory:
@@ -58,6 +120,8 @@ class Directory:
         store: what this peer keeps.
         clock: seconds on this peer's own clock, which never goes back.
         wall_clock: seconds since the epoch.
+        rng: chooses holders and the shards of a sample.
+        per_shard: servers of one model under one key, at least, once there are more.
     """
 
     def __init__(
@@ -67,174 +131,228 @@ class Directory:
         store: DirectoryStore | None = None,
         clock: Callable[[], float] = trio.current_time,
         wall_clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+        per_shard: float = SERVERS_PER_SHARD,
     ) -> None:
         self._network = network
-        self._store = store or DirectoryStore()
+        self._rng = rng or random.Random(os.urandom(16))
+        self._store = store or DirectoryStore(rng=self._rng)
         self._clock = clock
         self._wall_clock = wall_clock
-        self._checked: OrderedDict[bytes, None] = OrderedDict()
-        network.set_handler(DIRECTORY_PROTOCOL, self._serve)
+        self._per_shard = per_shard
+        self._digest = peer_digest(network.peer)
+        self._models: dict[bytes, _Model] = {}
+        self._book = HolderBook()
+        self._holders: dict[bytes, tuple[float, tuple[str, ...]]] = {}
+        self._checks = SignatureChecks(network.verify)
+        self._holder = DirectoryHolder(network, self._store, self._checks, clock)
+        network.set_handler(DIRECTORY_PROTOCOL, self._holder.serve)
 
     async def publish(self, key: bytes, body: bytes, *, ttl_s: float, sequence: int) -> int:
-        """Puts the own record under a key, to its nearest peers.
+        """Puts the own record under a model's keys, to the nearest peers of each.
+
+        Where the body is what it was before, holders that have the record are told only that it
+        still holds.
 
         Args:
-            key: 32 bytes.
+            key: the model's, 32 bytes.
             body: at most `MAX_BODY_BYTES`.
             ttl_s: at most `MAX_TTL_S`.
             sequence: higher than that of the record before it.
 
         Returns:
-            How many holders took it, the own peer among them.
+            How many holders took it, the own peer among them, where fewest did.
         """
-        record = self._sign(key, body, ttl_s, sequence)
-        taken = 0
+        model = self._model(key)
+        if model.looked_at is None:
+            await self.lookup(key)
+        keys = model.memory.sample.keys(key, self._digest)
+        model.author.forget_all_but(keys)
+        taken = dict.fromkeys(keys, 0)
 
-        async def put(peer: str) -> None:
-            nonlocal taken
-            try:
-                if peer == self._network.peer:
-                    self._store.put(record, now=self._clock())
-                else:
-                    with trio.fail_after(CALL_DEADLINE_S):
-                        await call(
-                            self._network, peer, DIRECTORY_PROTOCOL, PutRecord(record=record), Ok
-                        )
-                taken += 1
-            except (P2PError, trio.TooSlowError):
-                pass  # this is why there are several holders
+        async def put(own: OwnRecord, holder: str) -> None:
+            if await self._put(own, holder):
+                taken[own.record.key] += 1
+
+        async def put_all(each: bytes) -> None:
+            own = model.author.say(
+                each, body, ttl_s=ttl_s, sequence=sequence, wall_now=self._wall_clock()
+            )
+            async with trio.open_nursery() as nursery:
+                for holder in await self._find_holders(each, is_shard=len(keys) > 1):
+                    nursery.start_soon(put, own, holder)
 
         async with trio.open_nursery() as nursery:
-            for holder in await self._network.find_closest_peers(key, HOLDERS):
-                nursery.start_soon(put, holder.peer)
-        return taken
+            for each in keys:
+                nursery.start_soon(put_all, each)
+        if model.looked_at is None or self._clock() - model.looked_at > SIZE_AGE_S:
+            await self.lookup(key)
+        return min(taken.values())
 
-    async def lookup(self, key: bytes) -> tuple[SignedRecord, ...]:
-        """Reads every record under a key: the newest that any holder gave for each peer."""
-        newest: dict[str, SignedRecord] = {}
+    async def lookup(self, key: bytes, *, whole: bool = False) -> Lookup:
+        """Reads the records of a model: all of them, or in a large swarm a sample.
 
-        def merge(records: tuple[SignedRecord, ...]) -> None:
-            for record in records:
-                known = newest.get(record.peer)
-                if known is None and len(newest) >= MAX_RECORDS_READ:
-                    continue
-                if (known is None or record.sequence > known.sequence) and self._is_true(
-                    record, key
-                ):
-                    newest[record.peer] = record
+        Args:
+            key: the model's.
+            whole: read all, however many there are.
+        """
+        model = self._model(key)
+        sample = model.memory.sample
+        async with model.lock:
+            for _ in range(MAX_ROUNDS):
+                await self._read_shards(model, model.memory.due(self._clock()))
+                model.looked_at = self._clock()
+                if model.memory.finish(self._clock()):
+                    break
+            shards, share = sample.shards, sample.share
+            if whole and share < 1:
+                shards, share = sample.all_shards, 1.0
+                await self._read_shards(model, shards)
+            return Lookup(model.memory.find(shards, self._clock()), share)
 
-        async def read(peer: str) -> None:
-            try:
-                if peer == self._network.peer:
-                    merge(self._store.get(key, now=self._clock()))
-                else:
-                    with trio.fail_after(CALL_DEADLINE_S):
-                        await self._read_from(peer, key, merge)
-            except (P2PError, trio.TooSlowError):
-                pass  # this is why several are asked
+    # Writing.
 
-        async def read_one(peer: str, scope: trio.CancelScope) -> None:
-            await read(peer)
-            if newest:  # the others have had the same time, and one of them may hang
-                scope.deadline = min(scope.deadline, trio.current_time() + GRACE_S)
-
-        with trio.move_on_after(LOOKUP_DEADLINE_S) as scope:
-            async with trio.open_nursery() as nursery:
-                for holder in await self._network.find_closest_peers(key, HOLDERS):
-                    nursery.start_soon(read_one, holder.peer, scope)
-        return tuple(newest.values())
-
-    async def _read_from(
-        self, peer: str, key: bytes, merge: Callable[[tuple[SignedRecord, ...]], None]
-    ) -> None:
-        stream = await self._network.open_stream(peer, DIRECTORY_PROTOCOL)
-        async with MessageStream(stream, max_frame_bytes=MAX_FRAME_BYTES) as messages:
-            await messages.send(GetRecords(key=key))
-            read = 0
-            while read < MAX_RECORDS_READ:
-                reply = await messages.receive()
-                if reply is None:
-                    return
-                part = expect(reply, Records)
-                merge(part.records)
-                read += len(part.records)
-                if part.is_last or not part.records:
-                    return
-
-    def _sign(self, key: bytes, body: bytes, ttl_s: float, sequence: int) -> SignedRecord:
-        issued_at = self._wall_clock()
-        peer = self._network.peer
-        signature = self._network.sign(
-            signed_bytes(
-                peer=peer,
-                key=key,
-                sequence=sequence,
-                issued_at=issued_at,
-                ttl_s=ttl_s,
-                body=body,
-            )
-        )
-        return SignedRecord(
-            peer=peer,
-            key=key,
-            sequence=sequence,
-            issued_at=issued_at,
-            ttl_s=ttl_s,
-            body=body,
-            signature=signature,
-        )
-
-    def _is_true(self, record: SignedRecord, key: bytes) -> bool:
-        """Whether a record is its peer's, under this key, and not of long ago."""
-        age_s = self._wall_clock() - record.issued_at
-        if record.key != key or not -CLOCK_SKEW_S <= age_s <= record.ttl_s + CLOCK_SKEW_S:
-            return False
-        return self._has_true_signature(record)
-
-    def _has_true_signature(self, record: SignedRecord) -> bool:
-        """Checks a signature, once for each record: the same ones are read again and again."""
-        data = record.signed_bytes()
-        digest = hashlib.sha256(data + record.signature).digest()
-        if digest in self._checked:
-            return True
-        if not self._network.verify(record.peer, data, record.signature):
-            return False
-        self._checked[digest] = None
-        if len(self._checked) > MAX_CHECKED:
-            self._checked.popitem(last=False)
+    async def _put(self, own: OwnRecord, holder: str) -> bool:
+        """Tells a holder of the own record; says whether it took it."""
+        try:
+            if holder == self._network.peer:
+                self._holder.keep(own.whole, holder, OWN_PART)
+                return True
+            with trio.fail_after(CALL_DEADLINE_S):
+                message = own.message_for(holder)
+                try:
+                    await call(self._network, holder, DIRECTORY_PROTOCOL, message, Ok)
+                except Refused:
+                    own.holders.discard(holder)
+                    if isinstance(message, PutRecord):
+                        raise
+                    await call(self._network, holder, DIRECTORY_PROTOCOL, own.whole, Ok)
+                own.holders.add(holder)
+        except (P2PError, trio.TooSlowError):
+            return False  # this is why there are several holders
         return True
 
-    async def _serve(self, stream: Stream) -> None:
-        with trio.move_on_after(SERVE_DEADLINE_S):
-            async with MessageStream(
-                stream, max_frame_bytes=MAX_FRAME_BYTES, max_received_bytes=FIRST_MESSAGE_BYTES
-            ) as messages:
-                request = await receive_first(messages, HELLO_DEADLINE_S)
-                if isinstance(request, PutRecord):
-                    await messages.send(self._take(request.record, messages.remote_peer))
-                elif isinstance(request, GetRecords):
-                    await self._give(messages, request.key)
-                else:
-                    raise RemoteProtocolError(f"{request.MESSAGE_NAME!r} is no directory request")
+    # Reading.
 
-    def _take(self, record: SignedRecord, remote_peer: str) -> Ok | Refusal:
-        try:
-            if record.peer != remote_peer:
-                raise RecordRejected("a record is taken only from the peer whose it is")
-            if not self._has_true_signature(record):
-                raise RecordRejected("the signature is not the peer's")
-            self._store.put(record, now=self._clock())
-        except RecordRejected as error:
-            return Refusal(code=error.code, text=str(error))
-        return Ok()
+    async def _read_shards(self, model: _Model, shards: Sequence[Shard]) -> None:
+        limiter = trio.CapacityLimiter(KEYS_AT_ONCE)
+        is_shard = model.memory.sample.level > 0
 
-    async def _give(self, messages: MessageStream, key: bytes) -> None:
-        records = self._store.get(key, now=self._clock())
-        starts = range(0, max(len(records), 1), MAX_RECORDS_PER_MESSAGE)
-        for start in starts:
-            await messages.send(
-                Records(
-                    records=records[start : start + MAX_RECORDS_PER_MESSAGE],
-                    is_last=start == starts[-1],
-                )
+        async def read(memory: KeyMemory) -> None:
+            async with limiter:
+                await self._read_key(memory, is_shard=is_shard)
+
+        async with trio.open_nursery() as nursery:
+            for memory in model.memory.begin(shards, self._clock()):
+                nursery.start_soon(read, memory)
+
+    async def _read_key(self, memory: KeyMemory, *, is_shard: bool) -> None:
+        with trio.move_on_after(LOOKUP_DEADLINE_S) as scope:
+            read = KeyRead(
+                memory,
+                self._book,
+                await self._find_holders(memory.key, is_shard=is_shard),
+                rng=self._rng,
+                is_shard=is_shard,
+                now=self._clock(),
             )
+            reading = _Reading(memory, read, scope, is_shard=is_shard)
+            try:
+                while wave := read.next_wave(self._clock()):
+                    async with trio.open_nursery() as nursery:
+                        for holder in wave:
+                            nursery.start_soon(self._ask, reading, holder, nursery.cancel_scope)
+            finally:
+                read.finish(self._clock())
+
+    async def _ask(self, reading: _Reading, holder: str, wave: trio.CancelScope) -> None:
+        memory = reading.memory
+        try:
+            if holder == self._network.peer:
+                self._read_own(memory)
+            else:
+                with trio.fail_after(SHARD_DEADLINE_S if reading.is_shard else CALL_DEADLINE_S):
+                    await self._read_from(reading, holder)
+        except (P2PError, trio.TooSlowError):
+            pass  # this is why several are asked
+        reading.read.on_end(holder)
+        if reading.is_shard:
+            if memory.is_enough(self._clock()):
+                wave.cancel()
+        elif memory.living(self._clock()):
+            # The others have had the same time, and one of them may hang.
+            scope = reading.scope
+            scope.deadline = min(scope.deadline, trio.current_time() + GRACE_S)
+
+    def _read_own(self, memory: KeyMemory) -> None:
+        now, own = self._clock(), self._network.peer
+        memory.on_list(own, self._store.list_rows(memory.key, now=now), now=now)
+        while claimed := memory.claim(own):
+            records = self._store.get(memory.key, now=now, peers=claimed)
+            memory.on_records(own, claimed, records, now=now, wall_now=self._wall_clock())
+
+    async def _read_from(self, reading: _Reading, holder: str) -> None:
+        memory = reading.memory
+        stream = await self._network.open_stream(holder, DIRECTORY_PROTOCOL)
+        async with MessageStream(stream, max_frame_bytes=MAX_FRAME_BYTES) as messages:
+            await messages.send(ListRecords(key=memory.key))
+            rows = decode_rows(expect(await _receive(messages), RecordList).rows)
+            memory.on_list(holder, rows, now=self._clock())
+            while True:
+                claimed = memory.claim(holder)
+                if claimed:
+                    await self._fetch(messages, reading, holder, claimed)
+                elif memory.is_waiting(holder):
+                    await reading.released.wait()
+                else:
+                    return
+
+    async def _fetch(
+        self, messages: MessageStream, reading: _Reading, holder: str, claimed: tuple[bytes, ...]
+    ) -> None:
+        memory = reading.memory
+        try:
+            await messages.send(GetRecords(key=memory.key, peers=claimed))
+            records = expect(await _receive(messages), Records).records
+            memory.on_records(
+                holder, claimed, records, now=self._clock(), wall_now=self._wall_clock()
+            )
+        finally:
+            reading.release(holder, claimed)
+
+    def _model(self, key: bytes) -> _Model:
+        model = self._models.get(key)
+        if model is None:
+            if len(self._models) >= MAX_MODELS:
+                del self._models[next(iter(self._models))]
+            sample = Sample(self._digest, rng=self._rng, per_shard=self._per_shard)
+            model = self._models[key] = _Model(
+                ModelMemory(key, sample, is_signed=self._checks.is_signed),
+                Author(self._network.peer, sign=self._network.sign, make_secret=os.urandom),
+            )
+        return model
+
+    async def _find_holders(self, key: bytes, *, is_shard: bool) -> tuple[str, ...]:
+        """The peers nearest to a key; of a shard's, those that were so a while ago will do."""
+        known = self._holders.get(key)
+        if is_shard and known is not None and self._clock() - known[0] <= HOLDERS_AGE_S:
+            return known[1]
+        found = await self._network.find_closest_peers(key, HOLDERS)
+        holders = tuple(peer.peer for peer in found)
+        if len(holders) == HOLDERS:
+            if len(self._holders) >= MAX_KEYS:
+                self._holders.clear()
+            self._holders[key] = self._clock(), holders
+        return holders
+
+
+async def _receive(messages: MessageStream) -> Message:
+    """The next message of a conversation that is not over.
+
+    Raises:
+        RemoteProtocolError: the other end ended it.
+    """
+    reply = await messages.receive()
+    if reply is None:
+        raise RemoteProtocolError(f"{messages.remote_peer} ended the stream without an answer")
+    return reply

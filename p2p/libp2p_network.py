@@ -89,6 +89,11 @@ class _Stream:
     def remote_peer(self) -> str:
         return self._remote_peer
 
+    @property
+    def remote_host(self) -> str:
+        address = self._stream.get_remote_address()
+        return "" if address is None else address[0]
+
     async def send_all(self, data: bytes) -> None:
         try:
             await self._stream.write(data)

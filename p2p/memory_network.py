@@ -132,6 +132,7 @@ class MemoryHub:
             raise PeerUnreachable(f"{peer} does not speak {protocol}")
         near_end, near_inside = make_pipe(opener.peer, peer)
         far_inside, far_end = make_pipe(opener.peer, peer)
+        near_end.remote_host, far_end.remote_host = far.host, opener.host
         courier = _Courier(self, opener.peer, peer, near_inside, far_inside)
         for name in (opener.peer, peer):
             self._couriers[name].add(courier)
@@ -205,7 +206,13 @@ class _Courier:
 
 
 class MemoryNetwork:
-    """A `p2p.network.Network`; made by `MemoryHub.make_network`."""
+    """A `p2p.network.Network`; made by `MemoryHub.make_network`.
+
+    Attributes:
+        host: the address of its machine, as others see it.
+    """
+
+    host = "127.0.0.1"
 
     def __init__(self, hub: MemoryHub, identity: Identity) -> None:
         self._hub = hub

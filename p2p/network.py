@@ -32,6 +32,13 @@ class Stream(Protocol):
     def remote_peer(self) -> str:
         """The peer id that the other end proved to own."""
 
+    @property
+    def remote_host(self) -> str:
+        """The address of the machine that the connection leads to; empty where none is known.
+
+        It may be a relay's.
+        """
+
     async def send_all(self, data: bytes) -> None:
         """Sends everything.
 

@@ -29,7 +29,13 @@ class _Direction:
 
 
 class PipeStream:
-    """One end; made by `make_pipe`."""
+    """One end; made by `make_pipe`.
+
+    Attributes:
+        remote_host: empty, as within one process, until somebody says otherwise.
+    """
+
+    remote_host: str = ""
 
     def __init__(self, remote_peer: str, incoming: _Direction, outgoing: _Direction) -> None:
         self._remote_peer = remote_peer

@@ -141,10 +141,18 @@ def _render_model(swarm: ModelSwarm) -> list[RenderableType]:
             f"where blocks have {sum(steps) / len(steps):.1f} on average"
         )
         parts.append(Padding(text, (0, 0, 0, 2)))
+    if swarm.share < 1:
+        parts.append(Padding(Text(_sample(swarm)), (0, 0, 0, 2)))
     if swarm.servers:
         parts.append(Padding(_servers_table(swarm.servers), (0, 0, 0, 2)))
     parts += [Padding(line, (0, 0, 0, 2)) for line in _adapter_lines(swarm)]
     return parts
+
+
+def _sample(swarm: ModelSwarm) -> str:
+    """How much of a large swarm the daemon itself goes by."""
+    seen = round(swarm.share * len(swarm.servers))
+    return f"sampled:   this daemon chooses from about {seen} of the {len(swarm.servers)} servers"
 
 
 def _adapter_lines(swarm: ModelSwarm) -> list[Text]:

@@ -1,7 +1,14 @@
-"""Keeping the own announcement in the directory: at once, then often enough not to expire."""
+"""Keeping the own announcement in the directory: at once, then often enough not to expire.
+
+What every reader of the swarm has to fetch anew is told only where it would change what readers do:
+load and measured times are hints, and swing. As long as it is not, the directory is told only that
+the announcement still holds.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 import time
 from collections.abc import Callable
@@ -25,6 +32,49 @@ FIRST_PERIOD_S = 2.0
 """While nobody but the own peer holds the record: the bootstrap may not have answered yet."""
 
 WITHDRAW_DEADLINE_S = 3.0
+
+RENEW_S = 300.0
+"""What is not worth telling is told after so long: round trips, and times that crept."""
+
+TIME_RATIO = 1.25
+"""A step's or a token's time, and the wait for the device, that others should know of: a choice
+of a chain errs by a quarter of one hop."""
+
+QUEUE_MS = 5.0
+"""Of waiting, on both sides of `TIME_RATIO`: less is nothing beside a step."""
+
+CACHE_RATIO = 2.0
+CACHE_PART = 1 / 8
+"""Free tokens that others should know of: twice or half as many, or an eighth of the cache."""
+
+
+def is_worth_telling(told: Announcement, said: Announcement) -> bool:
+    """Whether others should know what a server says now, by what they were told."""
+    steady = dataclasses.replace(
+        said,
+        step_ms=told.step_ms,
+        prefill_ms=told.prefill_ms,
+        queue_ms=told.queue_ms,
+        free_cache_tokens=told.free_cache_tokens,
+        round_trips=told.round_trips,
+    )
+    if steady != told or (said.round_trips and not told.round_trips):
+        return True
+    free, told_free = said.free_cache_tokens, told.free_cache_tokens
+    return (
+        _ratio(said.step_ms, told.step_ms) > TIME_RATIO
+        or _ratio(said.prefill_ms, told.prefill_ms) > TIME_RATIO
+        or _ratio(said.queue_ms + QUEUE_MS, told.queue_ms + QUEUE_MS) > TIME_RATIO
+        or _ratio(free, told_free) > CACHE_RATIO
+        or abs(free - told_free) > CACHE_PART * said.cache_tokens
+    )
+
+
+def _ratio(one: float, other: float) -> float:
+    """Of the greater to the lesser; infinite where one of them is nothing."""
+    if one == other:
+        return 1.0
+    return max(one, other) / min(one, other) if min(one, other) > 0 else math.inf
 
 
 class Announcer:
@@ -50,6 +100,8 @@ class Announcer:
         self._make = make_announcement
         self._rng = rng
         self._changed = trio.Event()
+        self._told: Announcement | None = None
+        self._told_at = -math.inf
 
     def speak_for(self, make_announcement: Callable[[], Announcement]) -> None:
         """Lets another say what holds from now on."""
@@ -79,11 +131,17 @@ class Announcer:
 
     async def publish(self) -> int:
         """Announces what holds now, at once; says how many peers hold it, 0 if it failed."""
-        announcement = self._make()
+        said, now = self._make(), trio.current_time()
+        if (
+            self._told is None
+            or now - self._told_at >= RENEW_S
+            or is_worth_telling(self._told, said)
+        ):
+            self._told, self._told_at = said, now
         try:
             return await self._directory.publish(
-                directory_key(announcement.model),
-                announcement.encode(),
+                directory_key(self._told.model),
+                self._told.encode(),
                 ttl_s=TTL_S,
                 sequence=int(self._wall_clock() * 1e3),
             )

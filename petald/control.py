@@ -122,6 +122,11 @@ class _SocketStream:
     def remote_peer(self) -> str:
         return self._remote
 
+    @property
+    def remote_host(self) -> str:
+        """Empty: this machine."""
+        return ""
+
     async def send_all(self, data: bytes) -> None:
         try:
             await self._stream.send_all(data)

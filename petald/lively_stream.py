@@ -31,6 +31,11 @@ class LivelyStream:
         """The peer id that the other end proved to own."""
         return self._stream.remote_peer
 
+    @property
+    def remote_host(self) -> str:
+        """As of the stream."""
+        return self._stream.remote_host
+
     async def send_all(self, data: bytes) -> None:
         """Sends everything, a chunk at a time."""
         if len(data) <= CHUNK_BYTES:

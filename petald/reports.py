@@ -134,7 +134,9 @@ class Reporter:
 
     async def _report_model(self, identity: ModelIdentity) -> ModelSwarm:
         await self._router.measure_round_trips(identity)
-        view = await self._router.read_view(identity, max_age_s=0.0)
+        own = view = await self._router.read_view(identity, max_age_s=0.0)
+        if own.share < 1:
+            view = await self._router.read_view(identity, max_age_s=0.0, whole=True)
         servers = sorted(view.servers, key=lambda server: (server.start, server.end, server.peer))
         return ModelSwarm(
             model=identity.name,
@@ -142,6 +144,7 @@ class Reporter:
             blocks=view.num_blocks,
             coverage=view.coverage(),
             servers=tuple(_server_status(server) for server in servers[:65536]),
+            share=own.share,
         )
 
 

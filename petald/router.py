@@ -7,6 +7,7 @@ memory of who failed lately.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +18,12 @@ from p2p.directory import Directory
 from p2p.errors import P2PError, RemoteProtocolError
 from p2p.network import Network, PeerAddress
 from p2p.wire.tensor import RAW
-from petald.announcer import TTL_S
 from petald.chain_client import ChainModel, ChainSession, News
 from petald.codec_choice import AUTO
 from petald.config import RouteConfig
 from petald.coverage import find_hosted
 from petald.errors import BadRequest, MissingBlocks, PetaldError
 from petald.history import HistoryStore
-from petald.known_servers import Heard, KnownServers
 from petald.lent_adapter import LentAdapter
 from petald.local_model import ModelIdentity
 from petald.log import get_logger
@@ -47,6 +46,10 @@ FRESH_PERIOD_S = 12.0
 """Between two readings of the view while sessions are open: a little less than servers take to
 announce themselves again."""
 
+WHOLE_VIEW_AGE_S = 30.0
+"""Of a large swarm all servers are read where a sample of them has none for some blocks, and not
+more often: of 10,000 they are some 6 MB."""
+
 REPAIR_VIEW_AGE_S = 40.0
 RETRY_VIEW_AGE_S = 0.5
 """A session that stands still because a hop died does not wait for the directory, of which that
@@ -64,6 +67,11 @@ PING_DEADLINE_S = 2.0
 MAX_PINGED = 64
 MAX_PENALISED = 4096
 MAX_ANNOUNCED = 65_536
+MAX_DECODED = 4096
+NEVER = (-1, 0)
+
+_decode = functools.lru_cache(maxsize=MAX_DECODED)(Announcement.decode)
+"""Announcements are read again and again, and few change in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +81,12 @@ class _Penalty:
     Attributes:
         seconds: added to a step's time, at first.
         since: when it failed last.
-        announced: the sequence number of the announcement that was known then.
+        announced: what had been told last then, as `p2p.directory_memory.Known.version`.
     """
 
     seconds: float
     since: float
-    announced: int
+    announced: tuple[int, int]
 
 
 class Router:
@@ -104,11 +112,11 @@ class Router:
         self._directory = directory
         self._config = config
         self._histories = HistoryStore(limit_bytes=config.history_bytes)
-        self._known: dict[bytes, KnownServers] = {}
         self._views: dict[bytes, tuple[float, SwarmView]] = {}
+        self._whole_views: dict[bytes, tuple[float, SwarmView]] = {}
         self._sessions = 0
         self._penalties: dict[str, _Penalty] = {}
-        self._announced: dict[str, int] = {}
+        self._announced: dict[str, tuple[int, int]] = {}
 
     @property
     def is_replay_slow(self) -> bool:
@@ -116,45 +124,41 @@ class Router:
         kind, codec = self._config.replay, self._config.codec
         return kind == "exact" or (kind == "auto" and codec not in (AUTO, RAW))
 
-    async def read_view(self, model: ModelIdentity, *, max_age_s: float = VIEW_AGE_S) -> SwarmView:
-        """The swarm view of a model, at most so old."""
-        known = self._views.get(model.fingerprint)
+    async def read_view(
+        self, model: ModelIdentity, *, max_age_s: float = VIEW_AGE_S, whole: bool = False
+    ) -> SwarmView:
+        """The swarm view of a model, at most so old.
+
+        Args:
+            model: whose servers.
+            max_age_s: of what was read before and will do.
+            whole: of all servers, however many there are; otherwise it may be a sample.
+        """
+        views = self._whole_views if whole else self._views
+        known = views.get(model.fingerprint)
         if known is not None and trio.current_time() - known[0] <= max_age_s:
             return known[1]
-        records = await self._directory.lookup(directory_key(model.fingerprint))
+        found = await self._directory.lookup(directory_key(model.fingerprint), whole=whole)
         if len(self._announced) > MAX_ANNOUNCED:
             self._announced.clear()
-        told = []
-        for record in records:
+        servers = []
+        for one in found.records:
             try:
-                announcement = Announcement.decode(record.body)
+                announcement = _decode(one.body)
             except RemoteProtocolError as error:
-                log.debug("announcement passed over", peer=record.peer, reason=str(error))
+                log.debug("announcement passed over", peer=one.peer, reason=str(error))
                 continue
-            self._network.learn(PeerAddress(record.peer, announcement.addresses))
-            self._announced[record.peer] = record.sequence
-            told.append(
-                Heard(
-                    peer=record.peer,
-                    sequence=record.sequence,
-                    announcement=announcement,
-                    heard_at=trio.current_time(),
-                )
-            )
-        servers = self._known.setdefault(model.fingerprint, KnownServers(ttl_s=TTL_S))
-        view = make_view(
-            model.fingerprint,
-            model.config.num_blocks,
-            [
+            self._network.learn(PeerAddress(one.peer, announcement.addresses))
+            self._announced[one.peer] = one.version
+            servers.append(
                 Server(
                     peer=one.peer,
-                    announcement=one.announcement,
+                    announcement=announcement,
                     round_trip_s=self._network.round_trip_s(one.peer),
                 )
-                for one in servers.take(told, trio.current_time())
-            ],
-        )
-        self._views[model.fingerprint] = (trio.current_time(), view)
+            )
+        view = make_view(model.fingerprint, model.config.num_blocks, servers, share=found.share)
+        views[model.fingerprint] = (trio.current_time(), view)
         return view
 
     @property
@@ -287,12 +291,15 @@ class Router:
         elif need.before is not None or need.after is not None:
             max_age_s = REPAIR_VIEW_AGE_S
         view = await self.read_view(model, max_age_s=max_age_s)
-        try:
+        with contextlib.suppress(MissingBlocks):
             return self._choose_in(view, need, hosted)
-        except MissingBlocks:
-            if known is None or known[1] is not view:
-                raise
-            return self._choose_in(await self.read_view(model, max_age_s=0.0), need, hosted)
+        if known is not None and known[1] is view:
+            view = await self.read_view(model, max_age_s=0.0)
+            with contextlib.suppress(MissingBlocks):
+                return self._choose_in(view, need, hosted)
+        if view.share < 1:
+            view = await self.read_view(model, max_age_s=WHOLE_VIEW_AGE_S, whole=True)
+        return self._choose_in(view, need, hosted)
 
     def _choose_in(self, view: SwarmView, need: NeedChain, hosted: str | None) -> tuple[Hop, ...]:
         return choose_chain(
@@ -313,7 +320,8 @@ class Router:
             self._penalties.clear()
         now = trio.current_time()
         seconds = min(self._penalty_s(peer, now) + PENALTY_S, MAX_PENALTY_S)
-        self._penalties[peer] = _Penalty(seconds, now, self._announced.get(peer, 0))
+        announced = self._announced.get(peer, NEVER)
+        self._penalties[peer] = _Penalty(seconds, now, announced)
 
     async def measure_round_trips(self, model: ModelIdentity) -> None:
         """Pings the servers of a model, all at once, and reads the view with what was measured."""
@@ -351,7 +359,7 @@ class Router:
         penalty = self._penalties.get(peer)
         if penalty is None:
             return 0.0
-        if self._announced.get(peer, 0) <= penalty.announced:
+        if self._announced.get(peer, NEVER) <= penalty.announced:
             return penalty.seconds  # it has not been heard of since
         return float(penalty.seconds * 0.5 ** ((now - penalty.since) / PENALTY_HALF_LIFE_S))
 

@@ -22,6 +22,7 @@ from typing import Annotated, Self
 import numpy as np
 import numpy.typing as npt
 
+from p2p.shards import peer_digest as peer_digest  # the announcements' name for a peer, too
 from p2p.wire.message import (
     Addresses,
     BlockNumber,
@@ -60,12 +61,6 @@ class ServerState(StrEnum):
     LOADING = "loading"
     SERVING = "serving"
     LEAVING = "leaving"
-
-
-@functools.lru_cache(maxsize=1 << 15)  # views of one swarm ask for the same peers again and again
-def peer_digest(peer: str) -> bytes:
-    """What stands for a peer in others' announcements: 8 bytes of the SHA-256 of its id."""
-    return hashlib.sha256(peer.encode()).digest()[:8]
 
 
 def adapter_full_name(name: str, digest: bytes) -> str:

@@ -185,6 +185,8 @@ class ModelSwarm:
 
     Attributes:
         coverage: for each block, how many servers hold it.
+        share: the part of the servers that the daemon's own view has, from which it chooses chains;
+            of a large swarm that is a sample. The servers told here are all.
     """
 
     model: ModelName
@@ -192,6 +194,7 @@ class ModelSwarm:
     blocks: BlockNumber
     coverage: Annotated[tuple[Count, ...], Bound(0, 4096)]
     servers: Annotated[tuple[ServerStatus, ...], Bound(0, 65536)]
+    share: Annotated[float, Bound(0, 1)] = 1.0
 
 
 @message("swarm_report")

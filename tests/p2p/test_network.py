@@ -91,6 +91,20 @@ async def test_remote_peer_is_known_to_the_handler(open_networks):
         assert seen == [a.peer]
 
 
+async def test_the_address_of_the_machine_is_known_to_the_handler(open_networks):
+    async with open_networks(2) as (one, other):
+        seen = []
+
+        async def serve(stream: Stream) -> None:
+            seen.append(stream.remote_host)
+
+        other.set_handler(ECHO, serve)
+        stream = await one.open_stream(other.peer, ECHO)
+        assert stream.remote_host == "127.0.0.1"
+        assert await stream.receive_some() == b""
+        assert seen == ["127.0.0.1"]
+
+
 async def test_large_transfer_both_ways(open_networks):
     data = bytes(range(256)) * (8 * 1024 * 1024 // 256)
     async with open_networks(2) as (a, b):

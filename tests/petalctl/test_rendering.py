@@ -27,6 +27,19 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_a_sample_is_called_one() -> None:
+    report = swarm_report(1)
+    swarm = report.models[0]
+    servers = swarm.servers * 40
+    page = io.StringIO()
+    print_rich(render_swarm(report), page)
+    assert "sampled:" not in page.getvalue()
+    part = replace(swarm, servers=servers, share=0.25)
+    print_rich(render_swarm(replace(report, models=(part,))), page)
+    seen = len(servers) // 4
+    assert f"this daemon chooses from about {seen} of the {len(servers)} servers" in page.getvalue()
+
+
 def test_answer_on_a_terminal_cannot_steer_it() -> None:
     terminal, pipe = Terminal(), io.StringIO()
     hostile = "a\x1b]0;title\x07\r\x9b31m\x7f\tb\nc"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
 
-from p2p.directory import Directory
-from p2p.memory_network import MemoryHub, open_memory_hub
+from p2p.directory import Directory, Lookup
+from p2p.memory_network import MemoryHub, MemoryNetwork, open_memory_hub
 from petald.config import RouteConfig
 from petald.errors import MissingBlocks
 from petald.router import PENALTY_S, Router, _ModelChooser
@@ -28,12 +29,19 @@ class Host:
     """A peer that announces a span, and serves nothing."""
 
     def __init__(
-        self, hub: MemoryHub, start: int, end: int, *, step_ms: float = 1.0, free: int = 100
+        self,
+        hub: MemoryHub,
+        start: int,
+        end: int,
+        *,
+        step_ms: float = 1.0,
+        free: int = 100,
+        per_shard: float = 48,
     ) -> None:
         self.network = hub.make_network()
         self.step_ms = step_ms
         self.free = free
-        self.directory = Directory(self.network, wall_clock=trio.current_time)
+        self.directory = make_directory(self.network, per_shard)
         self.span = (start, end)
 
     async def announce(self) -> None:
@@ -55,9 +63,18 @@ class Host:
         )
 
 
-def make_router(hub: MemoryHub) -> Router:
+def make_directory(network: MemoryNetwork, per_shard: float = 48) -> Directory:
+    return Directory(
+        network,
+        wall_clock=trio.current_time,
+        rng=random.Random(network.peer),
+        per_shard=per_shard,
+    )
+
+
+def make_router(hub: MemoryHub, *, per_shard: float = 48) -> Router:
     network = hub.make_network("client")
-    return Router(network, Directory(network, wall_clock=trio.current_time), RouteConfig())
+    return Router(network, make_directory(network, per_shard), RouteConfig())
 
 
 def need(*, is_retry: bool = False, before: str | None = None, end: int = 4) -> NeedChain:
@@ -154,3 +171,53 @@ async def test_nobody_leaves_a_hop_that_a_lookup_lacks(autojump_clock: Any) -> N
         await first.announce()
         await other.announce()
         assert await find_better(router, first, unheard) is None
+
+
+async def test_a_view_of_a_large_swarm_is_a_sample_and_can_be_whole(autojump_clock: Any) -> None:
+    async with open_memory_hub() as hub:
+        router = make_router(hub, per_shard=1)
+        hosts = [Host(hub, 0, 3, per_shard=1) for _ in range(39)]
+        only = Host(hub, 3, 4, per_shard=1)
+        for _ in range(4):  # each time they know better how many they are
+            for host in (*hosts, only):
+                await host.announce()
+            await trio.sleep(13)
+        view = await router.read_view(MODEL, max_age_s=0)
+        assert view.share <= 0.5
+        assert len(view.servers) < 30
+        whole = await router.read_view(MODEL, max_age_s=0, whole=True)
+        assert whole.share == 1
+        # With one server in a shard, estimates of how many there are differ as they never should.
+        assert len(view.servers) < len(whole.servers) <= 40
+
+
+async def test_blocks_that_a_sample_lacks_are_found_in_the_whole(autojump_clock: Any) -> None:
+    async with open_memory_hub() as hub:
+        router, directory = make_router(hub), SampleDirectory(hub)
+        router._directory = directory
+        first, last = Host(hub, 0, 3), Host(hub, 3, 4)
+        for host in (first, last):
+            await host.announce()
+        directory.hidden = last.network.peer
+        chain = await router.choose(MODEL, need())
+        assert [hop.peer for hop in chain] == [first.network.peer, last.network.peer]
+        assert directory.asked == [False, True]
+        await trio.sleep(6)
+        await router.choose(MODEL, need())
+        assert directory.asked == [False, True, False]  # the whole is not read again at once
+
+
+class SampleDirectory(Directory):
+    """Leaves a peer out of all views but whole ones."""
+
+    def __init__(self, hub: MemoryHub) -> None:
+        super().__init__(hub.make_network(), wall_clock=trio.current_time)
+        self.hidden = ""
+        self.asked: list[bool] = []
+
+    async def lookup(self, key: bytes, *, whole: bool = False) -> Lookup:
+        self.asked.append(whole)
+        found = await super().lookup(key)
+        if whole:
+            return found
+        return Lookup(tuple(one for one in found.records if one.peer != self.hidden), 0.5)

@@ -1,0 +1,283 @@
+"""What a reader knows of the records under one key, and what it makes of the holders' answers.
+
+Pure. Holders may lie, withhold and flood. What they tell is checked by signatures and beats; what
+they withhold is found by what others told, now or at earlier reads, since a record is remembered
+until it would have expired; what they flood is cut off at fixed numbers. Invariant: a record is
+given for `ttl_s` after the newest beat of it that anybody told, and no longer, whatever a holder
+says; bodies that are known are not fetched again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from p2p.beats import BEAT_S, is_beat
+from p2p.shards import peer_digest
+from p2p.wire.directory_messages import MAX_RECORDS_PER_MESSAGE, MAX_ROWS, Row, SignedRecord
+
+CLOCK_SKEW_S = 600.0
+"""How wrong a peer's clock may be. Holders expire records by their own clocks; this bound only
+keeps a lying holder from giving out records of long ago."""
+
+MAX_KNOWN = 8 * MAX_ROWS
+"""Under one key: what eight holders can tell that have nothing in common."""
+
+MOST_LACKING = 1 / 8
+"""Of what lives; a holder whose list lacks more is taken to withhold, or to have come near the key
+only after authors had last looked who is near."""
+
+FADING_S = 12.0
+"""Before a record expires; readers look every 11 s or so."""
+
+MOST_MISSING = 2
+"""Records that may be gone between a holder's list and their being fetched from it."""
+
+
+@dataclass(slots=True)
+class Known:
+    """A record that was checked.
+
+    Attributes:
+        record: as its author signed it.
+        number: of its newest beat.
+        beat: of that number.
+        arrived_at: when holders got that beat, by the youngest age that was told; on the own clock.
+        heard_at: when this reader first heard of that beat.
+    """
+
+    record: SignedRecord
+    number: int
+    beat: bytes
+    arrived_at: float
+    heard_at: float
+
+    @property
+    def peer(self) -> str:
+        """Whose it is."""
+        return self.record.peer
+
+    @property
+    def body(self) -> bytes:
+        """What is stated."""
+        return self.record.body
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Of two, the higher was told later by its author."""
+        return self.record.sequence, self.number
+
+    @property
+    def expires_at(self) -> float:
+        """Until when it is believed."""
+        return self.arrived_at + self.record.ttl_s
+
+
+class KeyMemory:
+    """What one reader knows under one key.
+
+    Args:
+        key: of the records.
+        is_signed: whether a record's signature is its peer's.
+
+    Attributes:
+        liars: holders that gave at this read what cannot be true, or not what they listed.
+    """
+
+    def __init__(self, key: bytes, *, is_signed: Callable[[SignedRecord], bool]) -> None:
+        self.key = key
+        self.liars: set[str] = set()
+        self._is_signed = is_signed
+        self._known: dict[bytes, Known] = {}
+        self._lists: dict[str, frozenset[bytes]] = {}
+        self._wanted: dict[str, dict[bytes, Row]] = {}
+        self._expected: Mapping[bytes, float] = {}
+        self._refused: dict[bytes, int] = {}
+        self._under_way: set[bytes] = set()
+        self._now = 0.0
+        self._read_at: float | None = None
+        self._is_cold = True
+
+    def begin(self, now: float, expected: Mapping[bytes, float] | None = None) -> None:
+        """A read begins: forgets what the one before left, and whoever is long dead.
+
+        A record is remembered for as long as a liar could bring it up again.
+
+        Args:
+            now: seconds on the own clock.
+            expected: until when others live, by their digests, that are to be found under this key
+                and are known by another one, which was read before.
+        """
+        self._expected = expected or {}
+        self.liars.clear()
+        self._lists.clear()
+        self._wanted.clear()
+        self._under_way.clear()
+        if len(self._refused) > MAX_KNOWN:
+            self._refused.clear()
+        longest_ttl_s = max((one.record.ttl_s for one in self._known.values()), default=0.0)
+        self._is_cold = self._read_at is None or now - self._read_at > longest_ttl_s
+        for digest, one in list(self._known.items()):
+            if now - one.heard_at > 2 * CLOCK_SKEW_S + one.record.ttl_s:
+                del self._known[digest]
+
+    def on_list(self, holder: str, rows: Sequence[Row], *, now: float) -> None:
+        """Takes a holder's list."""
+        self._now = now
+        wanted: dict[bytes, Row] = {}
+        for row in rows[:MAX_ROWS]:
+            known = self._known.get(row.peer)
+            if known is None or row.sequence > known.record.sequence:
+                if row.sequence > self._refused.get(row.peer, -1):
+                    wanted[row.peer] = row
+            elif not self._take_beat(known, row, now):
+                self.liars.add(holder)
+        self._lists[holder] = frozenset(row.peer for row in rows[:MAX_ROWS])
+        self._wanted[holder] = wanted
+
+    def claim(self, holder: str) -> tuple[bytes, ...]:
+        """What to fetch from a holder now: what it listed, is not known, and not being fetched.
+
+        Give it to `on_records`, or to `release` where no answer came.
+        """
+        chosen = [digest for digest in self._open(holder) if digest not in self._under_way]
+        del chosen[MAX_RECORDS_PER_MESSAGE:]
+        self._under_way.update(chosen)
+        return tuple(chosen)
+
+    def is_waiting(self, holder: str) -> bool:
+        """Whether something that this holder could give is being fetched from another."""
+        return any(digest in self._under_way for digest in self._open(holder))
+
+    def release(self, holder: str, claimed: Iterable[bytes]) -> None:
+        """The fetching of these from a holder is over, well or not."""
+        for digest in claimed:
+            self._under_way.discard(digest)
+            self._wanted[holder].pop(digest, None)
+
+    def on_records(
+        self,
+        holder: str,
+        claimed: Sequence[bytes],
+        records: Iterable[SignedRecord],
+        *,
+        now: float,
+        wall_now: float,
+    ) -> None:
+        """Takes records that were fetched from a holder.
+
+        At the first one that cannot be true, the rest of them and all else that the holder listed
+        is passed over: each costs a check of a signature.
+        """
+        self._now = now
+        asked = set(claimed)
+        listed = self._wanted[holder]
+        for record in records:
+            digest = peer_digest(record.peer)
+            if digest not in asked:
+                self._convict(holder)
+                break
+            asked.discard(digest)
+            if not self._take_record(record, listed[digest], now, wall_now):
+                self._convict(holder)
+                break
+        if len(asked) > max(MOST_MISSING, len(claimed) * MOST_LACKING):
+            self._convict(holder)
+        self.release(holder, claimed)
+
+    def is_enough(self, now: float) -> bool:
+        """Whether the holders' answers so far can be believed to be the whole.
+
+        One is enough that has nearly all that lives by what is remembered; two where nothing is.
+        What they listed must have been fetched, too. And nobody is to be forgotten before all
+        holders were asked: who crashed is asked for in this way once or twice, and whom some
+        holders hide is found at others.
+        """
+        living = self._to_be_listed(now)
+        good = sum(not self._is_lacking(holder, living.keys()) for holder in self._lists)
+        if good < (2 if self._is_cold else 1) or any(map(self._open, self._lists)):
+            return False
+        return all(until - now > FADING_S for until in living.values())
+
+    def find_bad(self, holders: Iterable[str], now: float) -> list[str]:
+        """Those that did not answer, lied, or lack much of what lives."""
+        living = self._to_be_listed(now).keys()
+        return [holder for holder in holders if self._is_lacking(holder, living)]
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether what is remembered from earlier reads is of no use."""
+        return self._is_cold
+
+    def finish(self, now: float) -> None:
+        """A read ends."""
+        if self._lists:
+            self._read_at = now
+
+    def living(self, now: float) -> dict[bytes, Known]:
+        """The records that hold, by the digests of whose they are."""
+        return {digest: one for digest, one in self._known.items() if one.expires_at > now}
+
+    def _to_be_listed(self, now: float) -> dict[bytes, float]:
+        """Until when each lives that a holder should know."""
+        until = dict(self._expected)
+        until.update((digest, one.expires_at) for digest, one in self._known.items())
+        return {digest: at for digest, at in until.items() if at > now}
+
+    def _is_lacking(self, holder: str, living: Set[bytes]) -> bool:
+        listed = self._lists.get(holder)
+        if listed is None or holder in self.liars:
+            return True
+        lacking = len(living - listed)
+        return len(listed) < MAX_ROWS and lacking > len(living) * MOST_LACKING
+
+    def _open(self, holder: str) -> list[bytes]:
+        """What a holder listed and nobody has given."""
+        wanted = self._wanted.get(holder, {})
+        for digest, row in list(wanted.items()):
+            known = self._known.get(digest)
+            if known is not None and known.record.sequence >= row.sequence:
+                del wanted[digest]
+                self._take_beat(known, row, self._now)
+        return list(wanted)
+
+    def _convict(self, holder: str) -> None:
+        self.liars.add(holder)
+        self._wanted[holder] = {}
+
+    @staticmethod
+    def _take_beat(known: Known, row: Row, now: float) -> bool:
+        """Takes what a list says of a record that is known; false where it is a lie."""
+        if row.sequence != known.record.sequence:
+            return True
+        if row.number > known.number:
+            if not is_beat(row.beat, row.number, known.beat, known.number):
+                return False
+            known.number, known.beat, known.heard_at = row.number, row.beat, now
+            known.arrived_at = max(known.arrived_at, now - row.age_s)
+        elif row.number == known.number:
+            youngest = min(now - row.age_s, known.heard_at)
+            known.arrived_at = max(known.arrived_at, youngest)
+        return True
+
+    def _take_record(self, record: SignedRecord, row: Row, now: float, wall_now: float) -> bool:
+        """Takes a record that a holder listed; false where it is a lie."""
+        if record.key != self.key or record.sequence < row.sequence:
+            return False
+        number, beat, age_s = 0, record.beat, 0.0
+        if record.sequence == row.sequence:
+            number, beat, age_s = row.number, row.beat, row.age_s
+            if not is_beat(beat, number, record.beat, 0):
+                return False
+        if not self._is_signed(record):
+            return False
+        told_at = record.issued_at + number * BEAT_S
+        if not -CLOCK_SKEW_S <= wall_now - told_at <= record.ttl_s + CLOCK_SKEW_S:
+            self._refused[row.peer] = record.sequence  # not by the holder's fault, perhaps
+            return True
+        known = self._known.get(row.peer)
+        if known is None and len(self._known) >= MAX_KNOWN:
+            del self._known[min(self._known, key=lambda one: self._known[one].expires_at)]
+        if known is None or known.record.sequence < record.sequence:
+            self._known[row.peer] = Known(record, number, beat, now - age_s, now)
+        return True

@@ -1,0 +1,146 @@
+"""What a reader knows of one model's part of the directory: the sample, and each key of it.
+
+Pure. Invariant: what is known under keys of a level that was left counts on until it expires, so
+that no server is forgotten because the swarm grew or shrank.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from p2p.directory_memory import KeyMemory, Known
+from p2p.holder_choice import HolderBook, asked_at_once
+from p2p.shards import Sample, Shard, shard_index
+from p2p.wire.directory_messages import MAX_TTL_S, SignedRecord
+
+SHARD_AGE_S = 15.0
+"""The time between two announcements of a server."""
+
+
+class KeyRead:
+    """One read of one key: whom to ask next, and when it is over.
+
+    Args:
+        memory: of the key; the read begins here.
+        book: who did badly lately.
+        holders: of the key.
+        rng: in which order they are asked.
+        is_shard: whether the key is one of several of its model.
+        now: seconds on the own clock.
+    """
+
+    def __init__(
+        self,
+        memory: KeyMemory,
+        book: HolderBook,
+        holders: Sequence[str],
+        *,
+        rng: random.Random,
+        is_shard: bool,
+        now: float,
+    ) -> None:
+        self._memory = memory
+        self._book = book
+        self._is_shard = is_shard
+        self._queue = book.order(holders, now, rng=rng)
+        self._asked: list[str] = []
+        self._ended: set[str] = set()
+
+    def next_wave(self, now: float) -> list[str]:
+        """The holders to ask now, all at once; nobody where the read is over."""
+        if self._memory.is_enough(now):
+            return []
+        count = asked_at_once(
+            is_first=not self._asked, is_cold=self._memory.is_cold, is_shard=self._is_shard
+        )
+        wave, self._queue = self._queue[:count], self._queue[count:]
+        self._asked += wave
+        return wave
+
+    def on_end(self, holder: str) -> None:
+        """A holder has answered, or failed to; others may have been given up for what it said."""
+        self._ended.add(holder)
+
+    def finish(self, now: float) -> None:
+        """The read is over: remembers how the holders did."""
+        self._memory.finish(now)
+        bad = self._memory.find_bad(self._ended, now)
+        self._book.note(self._ended.difference(bad), bad, now)
+
+
+class ModelMemory:
+    """What is known of one model.
+
+    Args:
+        key: the model's.
+        sample: which shards are read.
+        is_signed: whether a record's signature is its peer's.
+
+    Attributes:
+        sample: as given.
+    """
+
+    def __init__(
+        self, key: bytes, sample: Sample, *, is_signed: Callable[[SignedRecord], bool]
+    ) -> None:
+        self.sample = sample
+        self._key = key
+        self._is_signed = is_signed
+        self._memories: dict[bytes, KeyMemory] = {}
+        self._read_at: dict[bytes, float] = {}
+
+    def due(self, now: float) -> tuple[Shard, ...]:
+        """Which shards of the sample to read now.
+
+        Where that is all that there is, all of it. Of a larger swarm those that were not read just
+        before: hardly a server has said anything since.
+        """
+        shards = self.sample.shards
+        if self.sample.share == 1:
+            return shards
+        return tuple(
+            shard
+            for shard in shards
+            if now - self._read_at.get(shard.key(self._key), -SHARD_AGE_S) >= SHARD_AGE_S
+        )
+
+    def begin(self, shards: Sequence[Shard], now: float) -> list[KeyMemory]:
+        """Begins to read some shards; gives the memory of each."""
+        expected: dict[int, dict[bytes, float]] = {shard.index: {} for shard in shards}
+        for digest, one in self.living(now).items():
+            index = shard_index(digest, self.sample.level)
+            if index in expected:
+                expected[index][digest] = one.expires_at
+        begun = []
+        for shard in shards:
+            key = shard.key(self._key)
+            memory = self._memories.get(key)
+            if memory is None:
+                memory = self._memories[key] = KeyMemory(key, is_signed=self._is_signed)
+            memory.begin(now, expected[shard.index])
+            self._read_at[key] = now
+            begun.append(memory)
+        return begun
+
+    def finish(self, now: float) -> bool:
+        """The sample's shards were read; says whether those are the ones to read."""
+        return self.sample.on_read(self.living(now))
+
+    def find(self, shards: Sequence[Shard], now: float) -> tuple[Known, ...]:
+        """The servers of some shards; forgets keys that were not read since all in them expired."""
+        level, indices = shards[0].level, {shard.index for shard in shards}
+        living = self.living(now)
+        for key in [key for key, at in self._read_at.items() if now - at > MAX_TTL_S]:
+            del self._read_at[key], self._memories[key]
+        return tuple(one for digest, one in living.items() if shard_index(digest, level) in indices)
+
+    def living(self, now: float) -> dict[bytes, Known]:
+        """Of each server, by its digest, what it told last under whichever key."""
+        found: dict[bytes, Known] = {}
+        for memory in self._memories.values():
+            for digest, one in memory.living(now).items():
+                known = found.get(digest)
+                if known is None or one.version > known.version:
+                    found[digest] = one
+        return found

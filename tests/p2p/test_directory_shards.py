@@ -1,0 +1,176 @@
+"""The directory of a model with several shards, with the real parts, in memory and over libp2p."""
+
+from __future__ import annotations
+
+import random
+from contextlib import AsyncExitStack
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from p2p.directory import HOLDERS_AGE_S, Directory
+from p2p.identity import create_identity
+from p2p.libp2p_network import open_libp2p_network
+from p2p.memory_network import MemoryHub, MemoryNetwork, open_memory_hub
+from tests.p2p.test_network import LOOPBACK
+
+KEY = b"k" * 32
+TTL_S = 45.0
+DOUBLING_S = 150.0
+"""More than the minute of which `p2p.shards` tells, by what a few servers differ from many."""
+
+SETTLED_S = 60.0
+"""A newcomer is seen when a reader asks a holder that had come near the key before it; after some
+looks it has."""
+
+
+@pytest.fixture(autouse=True)
+def repeatable(monkeypatch):
+    """Trio takes runnable tasks in a random order; let it be the same one each time."""
+    monkeypatch.setattr(trio._core._run, "_r", random.Random(5))
+
+
+@pytest.fixture
+def autojump_clock():
+    return MockClock(autojump_threshold=0)
+
+
+class Peer:
+    """Announces itself and looks who is there, in the daemon's rhythm."""
+
+    def __init__(self, hub: MemoryHub, number: int, *, per_shard: float) -> None:
+        self.network: MemoryNetwork = hub.make_network(f"peer {number}")
+        self.rng = random.Random(number)
+        self.directory = Directory(
+            self.network, wall_clock=self.wall_clock, rng=self.rng, per_shard=per_shard
+        )
+        self.seen: set[str] = set()
+        self.share = 1.0
+        self.began_at = trio.current_time()
+        self.scope = trio.CancelScope()
+
+    @staticmethod
+    def wall_clock() -> float:
+        return 1e9 + trio.current_time()
+
+    async def run(self) -> None:
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.announce)
+                nursery.start_soon(self.look)
+
+    async def announce(self) -> None:
+        while True:
+            sequence = int(self.wall_clock() * 1e3)
+            await self.directory.publish(KEY, b"same", ttl_s=TTL_S, sequence=sequence)
+            await trio.sleep(15.0 * self.rng.uniform(0.8, 1.2))
+
+    async def look(self) -> None:
+        while True:
+            found = await self.directory.lookup(KEY)
+            self.seen = {record.peer for record in found.records}
+            self.share = found.share
+            await trio.sleep(8.0 * self.rng.uniform(0.6, 1.4))
+
+    @property
+    def level(self) -> int:
+        return self.directory._model(KEY).memory.sample.level
+
+
+async def test_nobody_is_invisible_while_a_swarm_grows_and_shrinks(autojump_clock):
+    fewest, most, per_shard = 6, 36, 4
+    levels = set()
+
+    async with open_memory_hub() as hub, trio.open_nursery() as nursery:
+        peers: list[Peer] = []
+
+        def check() -> None:
+            levels.update(peer.level for peer in peers)
+            now = trio.current_time()
+            settled = {peer.network.peer for peer in peers if now - peer.began_at > SETTLED_S}
+            for peer in peers:
+                if now - peer.began_at > SETTLED_S:
+                    assert settled <= peer.seen, (len(peers), peer.level)
+
+        for number in range(most):
+            peers.append(Peer(hub, number, per_shard=per_shard))
+            nursery.start_soon(peers[-1].run)
+            await trio.sleep(DOUBLING_S / max(fewest, len(peers)))
+            check()
+        assert max(levels) == 3
+        for _ in range(10):
+            await trio.sleep(5)
+            check()
+        while len(peers) > fewest:
+            gone = peers.pop(0)
+            gone.scope.cancel()
+            hub.kill(gone.network.peer)
+            await trio.sleep(DOUBLING_S / len(peers))
+            check()
+        assert {peer.level for peer in peers} <= {0, 1}
+        await trio.sleep(TTL_S + 20)
+        living = {peer.network.peer for peer in peers}
+        assert all(peer.seen == living for peer in peers)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_large_swarm_is_read_in_part_or_whole(autojump_clock):
+    count, per_shard = 80, 2
+    async with open_memory_hub() as hub:
+        peers = [Peer(hub, number, per_shard=per_shard) for number in range(count)]
+        for peer in peers:
+            peer.directory._model(KEY).memory.sample.level = 4
+            peer.directory._model(KEY).memory.sample.servers = 16 * 4.0
+            peer.directory._model(KEY).looked_at = 0.0
+            await peer.directory.publish(KEY, b"same", ttl_s=TTL_S, sequence=1)
+        reader = Peer(hub, count, per_shard=per_shard)
+        part = await reader.directory.lookup(KEY)
+        assert part.share <= 0.5
+        assert 0.2 * count < len(part.records) / part.share * 0.5 < count
+        whole = await reader.directory.lookup(KEY, whole=True)
+        assert whole.share == 1
+        assert {record.peer for record in whole.records} == {peer.network.peer for peer in peers}
+
+
+async def test_holders_of_a_shard_that_are_gone_are_found_anew(autojump_clock):
+    async with open_memory_hub() as hub:
+        peers = [Peer(hub, number, per_shard=2) for number in range(24)]
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                nursery.start_soon(peer.run)
+            await trio.sleep(60)
+            assert peers[0].level >= 3
+            for peer in peers[12:]:
+                peer.scope.cancel()
+                hub.kill(peer.network.peer)
+            await trio.sleep(HOLDERS_AGE_S + 30)
+            living = {peer.network.peer for peer in peers[:12]}
+            assert all(peer.seen == living for peer in peers[:12])
+            nursery.cancel_scope.cancel()
+
+
+async def test_shards_over_libp2p():
+    count = 6
+    async with AsyncExitStack() as stack:
+        anchor = await stack.enter_async_context(
+            open_libp2p_network(create_identity(), listen=LOOPBACK)
+        )
+        bootstrap = [f"{anchor.addresses[0]}/p2p/{anchor.peer}"]
+        networks = [anchor] + [
+            await stack.enter_async_context(
+                open_libp2p_network(create_identity(), listen=LOOPBACK, bootstrap=bootstrap)
+            )
+            for _ in range(count - 1)
+        ]
+        directories = [Directory(network, per_shard=1) for network in networks]
+        for sequence in range(1, 4):  # the first time nobody knows how many they are
+            for directory in directories:
+                await directory.publish(KEY, b"same", ttl_s=60, sequence=sequence)
+            for directory in directories:
+                found = await directory.lookup(KEY)
+        for directory in directories:
+            found = await directory.lookup(KEY)
+            assert found.share == 1
+            assert {record.peer for record in found.records} == {each.peer for each in networks}
+            assert directory._model(KEY).memory.sample.level == 2
