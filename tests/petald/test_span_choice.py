@@ -174,7 +174,11 @@ def test_the_model_with_uncovered_blocks_comes_first_and_then_the_hungriest() ->
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(spans, max_size=8), st.integers(1, 6), st.sets(st.integers(0, 9), max_size=9))
+@given(
+    st.lists(spans, max_size=8),
+    st.integers(1, 6),
+    st.sets(st.integers(0, 9), min_size=1, max_size=9),
+)
 def test_only_blocks_that_are_here_are_taken(swarm, fit: int, missing: set[int]) -> None:
     capacity = Capacity(fit=fit, block_steps_per_s=1.0, missing=frozenset(missing))
     load = load_of(10, *swarm)
