@@ -47,10 +47,11 @@ class Placed(Protocol):
         ...
 
 
-def place_rows(places: Sequence[Placed]) -> torch.Tensor:
-    """Offsets and lengths as a kernel reads them, ``[2, S]``, on the CPU."""
+def place_rows(places: Sequence[Placed], device: torch.device) -> torch.Tensor:
+    """Offsets and lengths as a kernel reads them, ``[2, S]``, on the device."""
     rows = [[place.offset for place in places], [place.length for place in places]]
-    return torch.tensor(rows, dtype=torch.int64)
+    # Not waiting: it is so small that it is out of this memory when the call returns.
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
 
 
 @functools.cache

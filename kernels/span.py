@@ -159,7 +159,7 @@ class Span:
         places_2S = None
         # For one sequence torch's own attention is started in less time.
         if self._has_decode_kernel and 1 < len(places) == hidden_SD.shape[0]:
-            places_2S = place_rows(places).to(self.device)
+            places_2S = place_rows(places, self.device)
         for index in range(*blocks):
             cache_KTH = arena.keys_KTH[index], arena.values_KTH[index]
             in_block = [adapter.in_block(self.start + index) for adapter in adapters]

@@ -148,7 +148,7 @@ class StepGraphs:
         if buffers is None:
             buffers = self._buffers[rows] = self._make_buffers(hidden_SD, positions)
         # Recording runs the work, which then writes into the cache where this step will.
-        buffers.places_2S.copy_(place_rows(places))
+        buffers.places_2S.copy_(place_rows(places, hidden_SD.device))
         pieces = self._cut(rows, *blocks)
         graphs = [self._find(piece, arena) for piece in pieces]
         # ... and into the other buffers, so what it runs on comes now.
