@@ -32,6 +32,9 @@ DecodeKernel = Callable[
 ]
 """Writes new keys and values, and attends; see `kernels.triton.decode_attention.attend`."""
 
+_LEAST_CAPABILITY = {False: (7, 5), True: (8, 0)}
+"""Of GPUs, without and with bfloat16: those whose tensor cores Triton's products are for."""
+
 
 class Placed(Protocol):
     """Where a sequence is in the arena; a `kernels.block.Place`."""
@@ -66,6 +69,9 @@ def find_decode_kernel(
         heads: of queries.
         kv_heads: of keys and values.
         head_size: of each.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for the try.
     """
     if device.type != "cuda":
         return None
@@ -76,9 +82,13 @@ def find_decode_kernel(
         return None
     if not kernels.can_attend(dtype, heads, kv_heads, head_size):
         return None
+    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY[dtype == torch.bfloat16]:
+        return None
     found: DecodeKernel = kernels.attend
     try:
         _try_out(found, device, dtype, (heads, kv_heads, head_size))
+    except torch.OutOfMemoryError:  # which has nothing to do with the kernel
+        raise
     except (errors.TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         log.warning("sessions are attended to one after the other: %s", str(error)[:500])
         return None
