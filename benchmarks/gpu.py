@@ -1,18 +1,21 @@
 """A GPU's speed: blocks of Llama 8B's shape, recorded steps against others, and Hugging Face's.
 
-    python benchmarks/gpu.py [--blocks 2] [--batches 1 16] [--rounds 5] [--quick]
+    python benchmarks/gpu.py [--blocks 2] [--batches 1 4 16] [--contexts 512 4096] [--quick]
 
 Decode steps and prefill tokens in a second through some blocks, without embedding and head, with
 the weights in each format, each step of a batch of sessions that have the same context. Where steps
-can be recorded they are measured both ways. Hugging Face's layers run the same batch with torch's
-own attention and a cache that grows. Every round measures each way once, in turn; ratios are of
-pairs of one round. Then the int8 codec's kernels against its plain operations, and what the first
-step of each number of sessions costs, in which its graphs are recorded.
+can be recorded they are measured both ways; and of the first format also with sessions attended to
+one after the other ("in turn"), as it is where there is no Triton. Hugging Face's layers run the
+same batch with torch's own attention and a cache that grows. Every round measures each way once, in
+turn; ratios are of pairs of one round. Then attention's kernels alone, the int8 codec's kernels
+against its plain operations, and what the first step of each number of sessions costs, in which its
+graphs are recorded.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -29,8 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs as a file, from anywh
 from benchmarks.report import describe_machine, spread, write_results
 from benchmarks.weights_measures import MAKINGS, load
 from benchmarks.weights_model import LARGE_SHAPE, write_large_blocks
+from kernels.attention import Attention
 from kernels.codecs import int8
 from kernels.codecs.registry import find_codec
+from kernels.decode_kernel import DecodeKernel, find_decode_kernel
 from kernels.kv_cache import CacheArena
 from kernels.span import Segment, Span
 from kernels.step_graphs import CudaRecorder
@@ -53,8 +58,8 @@ class Sample:
     prefill_ktokens_per_s: float
 
 
-Way = Callable[[int], Sample]
-"""Prefills a batch of so many sequences, and decodes."""
+Way = Callable[[int, int], Sample]
+"""Prefills a batch of so many sequences with so many tokens, and decodes."""
 
 
 class Clock:
@@ -69,19 +74,33 @@ class Clock:
         return time.perf_counter()
 
 
+def set_kernel(span: Span, kernel: DecodeKernel | None) -> None:
+    for block in span._blocks:
+        block._attention._kernel = kernel
+    span._has_decode_kernel = kernel is not None
+
+
 def make_span_way(
-    span: Span, arena: CacheArena, graphs: Any, args: argparse.Namespace, clock: Clock
+    span: Span,
+    arena: CacheArena,
+    graphs: Any,
+    kernel: DecodeKernel | None,
+    args: argparse.Namespace,
+    clock: Clock,
 ) -> Way:
     blocks = span.end - span.start
-    rows_SD = torch.randn(args.context, span.config.hidden_size).to(span.device, span.dtype)
+    all_rows_SD = torch.randn(max(args.contexts), span.config.hidden_size)
+    all_rows_SD = all_rows_SD.to(span.device, span.dtype)
 
-    def measure(batch: int) -> Sample:
-        span._graphs = graphs  # both ways share one span: there is no room for two everywhere
-        caches = [arena.open(args.context + args.steps) for _ in range(batch)]
+    def measure(batch: int, context: int) -> Sample:
+        span._graphs = graphs  # all ways share one span: there is no room for two everywhere
+        set_kernel(span, kernel)
+        rows_SD = all_rows_SD[:context]
+        caches = [arena.open(context + args.steps) for _ in range(batch)]
         try:
             began_at = clock.now_s()
             for cache in caches:  # as a server does, which has prompts one after the other
-                span.step(rows_SD, [Segment(cache, args.context)])
+                span.step(rows_SD, [Segment(cache, context)])
             prefilled_at = clock.now_s()
             segments = [Segment(cache, 1) for cache in caches]
             for _ in range(args.steps):
@@ -92,7 +111,7 @@ def make_span_way(
                 cache.close()
         return Sample(
             step_ms=(ended_at - prefilled_at) / args.steps / blocks * 1e3,
-            prefill_ktokens_per_s=batch * args.context * blocks / (prefilled_at - began_at) / 1e3,
+            prefill_ktokens_per_s=batch * context * blocks / (prefilled_at - began_at) / 1e3,
         )
 
     return measure
@@ -125,23 +144,19 @@ def make_hugging_face(args: argparse.Namespace, device: torch.device, clock: Clo
                 hidden_BSD = hidden_BSD[0]
 
     @torch.inference_mode()
-    def measure(batch: int) -> Sample:
-        hidden_BSD = torch.randn(batch, args.context, config.hidden_size, device=device)
+    def measure(batch: int, context: int) -> Sample:
+        hidden_BSD = torch.randn(batch, context, config.hidden_size, device=device)
         hidden_BSD = hidden_BSD.to(torch.bfloat16)
         cache = DynamicCache()
         began_at = clock.now_s()
         step(hidden_BSD, 0, cache)
         prefilled_at = clock.now_s()
         for number in range(args.steps):
-            step(hidden_BSD[:, :1], args.context + number, cache)
+            step(hidden_BSD[:, :1], context + number, cache)
         ended_at = clock.now_s()
         return Sample(
             step_ms=(ended_at - prefilled_at) / args.steps / args.blocks * 1e3,
-            prefill_ktokens_per_s=batch
-            * args.context
-            * args.blocks
-            / (prefilled_at - began_at)
-            / 1e3,
+            prefill_ktokens_per_s=batch * context * args.blocks / (prefilled_at - began_at) / 1e3,
         )
 
     return measure
@@ -165,18 +180,25 @@ def make_ways(
         arena = CacheArena(
             span.config,
             blocks=args.blocks,
-            capacity_tokens=2 * max(args.batches) * (args.context + args.steps + 64),
+            capacity_tokens=2 * max(args.batches) * (max(args.contexts) + args.steps + 64),
             dtype=span.dtype,
             device=device,
         )
-        ways[name] = make_span_way(span, arena, None, args, clock)
-        if device.type == "cuda" and span.record_steps(CudaRecorder(device)):
-            graphs = span._graphs
-            tell_recording(span, arena, args, clock)
-            if span.graphs_failure:
-                print(f"  {name} cannot be recorded: {span.graphs_failure[:200]}")
-                continue
-            ways[f"{name}, recorded"] = make_span_way(span, arena, graphs, args, clock)
+        kernel = span.block(0)._attention._kernel
+        kinds = {name: kernel}
+        if kernel is not None and name == args.formats[0]:
+            kinds[f"{name}, in turn"] = None
+        for title, used in kinds.items():
+            ways[title] = make_span_way(span, arena, None, used, args, clock)
+            set_kernel(span, used)
+            if device.type == "cuda" and span.record_steps(CudaRecorder(device)):
+                graphs = span._graphs
+                print(f"{title}:")
+                tell_recording(span, arena, args, clock)
+                if span.graphs_failure:
+                    print(f"  cannot be recorded: {span.graphs_failure[:200]}")
+                    continue
+                ways[f"{title}, recorded"] = make_span_way(span, arena, graphs, used, args, clock)
     return ways
 
 
@@ -200,33 +222,80 @@ def tell_recording(span: Span, arena: CacheArena, args: argparse.Namespace, cloc
         )
 
 
-def compare(ways: dict[str, Way], args: argparse.Namespace) -> dict[int, dict[str, list[Sample]]]:
-    results: dict[int, dict[str, list[Sample]]] = {}
-    for batch in args.batches:
-        samples: dict[str, list[Sample]] = {name: [] for name in ways}
-        for turn in range(args.rounds + 1):  # the first one warms up
-            for name, way in ways.items():
-                sample = way(batch)
+def compare(ways: dict[str, Way], batch: int, context: int, rounds: int) -> dict[str, list[Sample]]:
+    samples: dict[str, list[Sample]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):  # the first one warms up
+        for name, way in ways.items():
+            sample = way(batch, context)
+            if turn:
+                samples[name].append(sample)
+    print(f"\n{batch} session(s) after {context} tokens; of one block")
+    heads = ("ms/step", f"to {BASE}", "prefill ktokens/s", f"to {BASE}")
+    print(f"{'':27}" + "".join(f"{head:>23}" for head in heads))
+    base = samples[BASE]
+    for name, found in samples.items():
+        steps = [b.step_ms / s.step_ms for s, b in zip(found, base, strict=True)]
+        prefill = [
+            s.prefill_ktokens_per_s / b.prefill_ktokens_per_s
+            for s, b in zip(found, base, strict=True)
+        ]
+        cells = (
+            spread([sample.step_ms for sample in found]),
+            spread(steps),
+            spread([sample.prefill_ktokens_per_s for sample in found]),
+            spread(prefill),
+        )
+        print(f"{name:27}" + "".join(f"{cell:>23}" for cell in cells))
+    return samples
+
+
+def compare_attention(args: argparse.Namespace, device: torch.device, clock: Clock) -> Any:
+    """The kernels of decode attention, replayed, against torch's own for each sequence in turn."""
+    heads, kv_heads = LARGE_SHAPE["num_attention_heads"], LARGE_SHAPE["num_key_value_heads"]
+    assert isinstance(heads, int)
+    assert isinstance(kv_heads, int)
+    kernel = find_decode_kernel(device, torch.bfloat16, heads, kv_heads, 128)
+    if kernel is None:
+        return {}
+    plain = Attention()
+    print("\nattention of one block alone: microseconds")
+    print(f"{'sessions':>8}{'tokens':>8}{'kernels':>24}{'GB/s':>8}{'torch, in turn':>24}")
+    results: dict[str, Any] = {}
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    for batch, context in itertools.product(args.batches, args.contexts):
+        room = context + 64
+        cache_KTH = draw(kv_heads, batch * room, 128), draw(kv_heads, batch * room, 128)
+        projected = draw(batch, heads, 128), draw(batch, kv_heads, 128), draw(batch, kv_heads, 128)
+        offsets = [room * row for row in range(batch)]
+        places_2S = torch.tensor([offsets, [context] * batch], device=device)
+
+        def together() -> None:
+            for _ in range(20):
+                kernel(projected, cache_KTH, places_2S, None, 0)  # noqa: B023
+
+        def in_turn() -> None:
+            for row, offset in enumerate(offsets):  # noqa: B023
+                seen = slice(offset, offset + context + 1)  # noqa: B023
+                for part_KTH, made in zip(cache_KTH, projected[1:], strict=True):  # noqa: B023
+                    part_KTH[:, offset + context] = made[row]  # noqa: B023
+                keys_KTH, values_KTH = (part_KTH[:, seen] for part_KTH in cache_KTH)  # noqa: B023
+                plain.one(projected[0][row : row + 1], keys_KTH, values_KTH)  # noqa: B023
+
+        replay = CudaRecorder(device)(together)
+        times: list[list[float]] = [[], []]
+        for turn in range(args.rounds + 1):
+            for way, runs, of_way in ((replay, 20, times[0]), (in_turn, 1, times[1])):
+                began_at = clock.now_s()
+                way()
                 if turn:
-                    samples[name].append(sample)
-        results[batch] = samples
-        print(f"\n{batch} session(s) after {args.context} tokens; of one block")
-        heads = ("ms/step", f"faster than {BASE}", "prefill ktokens/s", f"to {BASE}")
-        print(f"{'':20}" + "".join(f"{head:>26}" for head in heads))
-        base = samples[BASE]
-        for name, found in samples.items():
-            steps = [b.step_ms / s.step_ms for s, b in zip(found, base, strict=True)]
-            prefill = [
-                s.prefill_ktokens_per_s / b.prefill_ktokens_per_s
-                for s, b in zip(found, base, strict=True)
-            ]
-            cells = (
-                spread([sample.step_ms for sample in found]),
-                spread(steps),
-                spread([sample.prefill_ktokens_per_s for sample in found]),
-                spread(prefill),
-            )
-            print(f"{name:20}" + "".join(f"{cell:>26}" for cell in cells))
+                    of_way.append((clock.now_s() - began_at) / runs * 1e6)
+        rate = 2 * batch * kv_heads * context * 128 * 2 / statistics.median(times[0]) / 1e3
+        cells = f"{spread(times[0]):>24}{rate:8.0f}{spread(times[1]):>24}"
+        print(f"{batch:8}{context:8}{cells}")
+        results[f"{batch} of {context}"] = times
     return results
 
 
@@ -273,8 +342,8 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 16])
-    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[512, 4096])
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -282,7 +351,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     if args.quick:
-        args.blocks, args.context, args.steps, args.rounds, args.batches = 1, 16, 2, 2, [1, 2]
+        args.blocks, args.contexts, args.steps, args.rounds, args.batches = 1, [16], 2, 2, [1, 2]
     device = torch.device(args.device)
     clock = Clock(device)
     machine = describe_machine()
@@ -292,11 +361,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_large_blocks(Path(temporary), args.blocks)
         ways = make_ways(folder, args, device, clock)
-    results: dict[str, Any] = {
-        str(batch): {name: [vars(s) for s in found] for name, found in samples.items()}
-        for batch, samples in compare(ways, args).items()
-    }
+    results: dict[str, Any] = {}
+    for context, batch in itertools.product(args.contexts, args.batches):
+        samples = compare(ways, batch, context, args.rounds)
+        results[f"{batch} of {context}"] = {
+            name: [vars(sample) for sample in found] for name, found in samples.items()
+        }
     if device.type == "cuda":
+        results["attention"] = compare_attention(args, device, clock)
         results["codec"] = compare_codec(args, device, clock)
     write_results("gpu", machine, args, results)
     return 0

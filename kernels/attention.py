@@ -3,10 +3,11 @@
 Grouped-query attention is computed without repeating keys or values: for one new token, the
 queries that share a key head are laid out as if they were tokens of it.
 
-`Attention` is torch's own, of all tokens. `WindowAttention` is that of each token's last so many
-tokens: it leaves what is out of sight out of the product, and masks only where several tokens see
-different ones (the cache keeps all of them for now). Both are constants of a block, chosen when it
-is made, so that nothing is decided at a step.
+`Attention` is torch's own, of all tokens; for decode steps of several sequences it may have a
+kernel that takes them all at once, and writes their keys and values too. `WindowAttention` is that
+of each token's last so many tokens: it leaves what is out of sight out of the product, and masks
+only where several tokens see different ones (the cache keeps all of them for now). Both are
+constants of a block, chosen when it is made, so that nothing is decided at a step.
 
 Shapes: S new tokens, T tokens of the sequence with the new ones, N query heads, K key and value
 heads, G = N/K, H head size, B batch.
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from kernels.decode_kernel import DecodeKernel
 
 _CHUNK_TOKENS = 256
 """Rows of a long prompt that look through one window each at once: what they look at together is
@@ -27,10 +30,34 @@ class Attention:
 
     Args:
         scale: what scores are multiplied with; none: one over the root of the head size.
+        kernel: for decode steps; or none.
     """
 
-    def __init__(self, scale: float | None = None) -> None:
+    def __init__(self, scale: float | None = None, kernel: DecodeKernel | None = None) -> None:
         self._scale = scale
+        self._kernel = kernel
+        self._window = 0
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether it has one for decode steps."""
+        return self._kernel is not None
+
+    def decode(
+        self,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        cache_KTH: tuple[torch.Tensor, torch.Tensor],
+        places_2S: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of one new token of each sequence, ``[S, N*H]``; it must have a kernel.
+
+        Args:
+            projected: the tokens' queries, keys and values, ``[S, N or K, H]``.
+            cache_KTH: the arena's keys and values; the new ones are written there.
+            places_2S: where each sequence begins there, and its length without the new token.
+        """
+        assert self._kernel is not None
+        return self._kernel(projected, cache_KTH, places_2S, self._scale, self._window)
 
     def one(
         self, query_1NH: torch.Tensor, keys_KTH: torch.Tensor, values_KTH: torch.Tensor
@@ -127,10 +154,13 @@ class WindowAttention(Attention):
     Args:
         window: how many, the token itself included.
         scale: as of `Attention`.
+        kernel: likewise.
     """
 
-    def __init__(self, window: int, scale: float | None = None) -> None:
-        super().__init__(scale)
+    def __init__(
+        self, window: int, scale: float | None = None, kernel: DecodeKernel | None = None
+    ) -> None:
+        super().__init__(scale, kernel)
         self._window = window
 
     def one(

@@ -17,6 +17,7 @@ import torch
 
 from kernels.adapter import BlockAdapter
 from kernels.attention import Attention, WindowAttention
+from kernels.decode_kernel import find_decode_kernel
 from kernels.experts import Experts
 from kernels.linear import Linear
 from kernels.mlp import MLP, FeedForward
@@ -91,7 +92,8 @@ class DecoderBlock:
         self._projection = _make_projection(
             config, block, linear(*names.qkv), norm(names.query_norm), norm(names.key_norm)
         )
-        self._attention = _make_attention(config, block, input_norm.tensors[0].device)
+        gain_D = tensors[f"{names.input_norm.format(block=block)}.weight"]
+        self._attention = _make_attention(config, block, gain_D)
         self._output = linear(names.output)
         self._output_norm = norm(names.output_norm)
         self._mlp_norm = norm(names.mlp_norm)
@@ -129,6 +131,11 @@ class DecoderBlock:
         return self._mlp.is_fixed and all(linear.is_fixed for linear in self.linears)
 
     @property
+    def has_decode_kernel(self) -> bool:
+        """Whether `step` takes the places of rows, and `attend_rows` may be called."""
+        return self._attention.has_kernel
+
+    @property
     def weight_bytes(self) -> int:
         """The memory that the weights take."""
         in_linears = sum(linear.weight_bytes for linear in self.linears)
@@ -141,6 +148,7 @@ class DecoderBlock:
         places: Sequence[Place],
         cache_KTH: tuple[torch.Tensor, torch.Tensor],
         adapters: Sequence[BlockAdapter] = (),
+        places_2S: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """New tokens of several sequences through the block, ``[S, D]``.
 
@@ -150,9 +158,13 @@ class DecoderBlock:
             places: of the segments.
             cache_KTH: the arena's keys and values for this block; written behind each ``length``.
             adapters: of all the sequences; their prefixes are in the cache already.
+            places_2S: for a decode step, the places as `attend_rows` reads them; or none.
         """
         x_SD, *projected = self.begin(hidden_SD, positions, adapters)
-        attended_SA = self.attend(projected, places, cache_KTH)
+        if places_2S is None or not self.has_decode_kernel:
+            attended_SA = self.attend(projected, places, cache_KTH)
+        else:
+            attended_SA = self.attend_rows(projected, places_2S, cache_KTH)
         return self.finish(hidden_SD, x_SD, attended_SA, adapters)
 
     def begin(
@@ -196,6 +208,24 @@ class DecoderBlock:
                 )
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def attend_rows(
+        self,
+        projected: Sequence[torch.Tensor],
+        places_2S: torch.Tensor,
+        cache_KTH: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """What `attend` does, for one new token of each sequence, all at once, ``[S, N*H]``.
+
+        Nothing but the tensors' numbers differs from one step of so many rows to the next.
+
+        Args:
+            projected: as for `attend`.
+            places_2S: each sequence's `Place.offset` and `Place.length`, int64, on the device.
+            cache_KTH: as for `step`.
+        """
+        query_SNH, key_SKH, value_SKH = projected
+        return self._attention.decode((query_SNH, key_SKH, value_SKH), cache_KTH, places_2S)
 
     def finish(
         self,
@@ -298,8 +328,9 @@ def _make_projection(
     return AnyProjection(config, qkv, kind, norms)
 
 
-def _make_attention(config: ModelConfig, block: int, device: torch.device) -> Attention:
-    window = config.window(block)
+def _make_attention(config: ModelConfig, block: int, like: torch.Tensor) -> Attention:
+    """For steps on some tensor's device, and in its dtype."""
+    window, device = config.window(block), like.device
     if not config.has_plain_scores:
         return ScoredAttention(
             Scoring(
@@ -310,9 +341,12 @@ def _make_attention(config: ModelConfig, block: int, device: torch.device) -> At
                 window=window,
             )
         )
+    kernel = find_decode_kernel(
+        device, like.dtype, config.num_heads, config.num_kv_heads, config.head_size
+    )
     if window:
-        return WindowAttention(window, config.query_scale)
-    return Attention(config.query_scale)
+        return WindowAttention(window, config.query_scale, kernel)
+    return Attention(config.query_scale, kernel)
 
 
 def _normed(norm: Norm | None, x_SD: torch.Tensor) -> torch.Tensor:

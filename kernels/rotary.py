@@ -85,15 +85,27 @@ class RotaryTable:
     def at(self, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines of consecutive positions, each ``[tokens, 1, H]``, views."""
         end = start + tokens
-        if end > self._cos_PH.shape[0]:
-            with torch.inference_mode(False):  # a backward pass may come to need them
-                self._grow(max(end, 2 * self._cos_PH.shape[0]))
+        self._reach(end)
         return self._cos_PH[start:end].unsqueeze(1), self._sin_PH[start:end].unsqueeze(1)
 
     def at_places(self, places: Sequence[Placed]) -> tuple[torch.Tensor, torch.Tensor]:
         """As `at`, for tokens of several sequences, one sequence after the other."""
+        if all(place.tokens == 1 for place in places):
+            return self._at_each([place.length for place in places])
         parts = [self.at(place.length, place.tokens) for place in places]
         return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
+
+    def _at_each(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        self._reach(max(positions) + 1)
+        # Not waiting: it is so small that it is out of this memory when the call returns.
+        at_S = torch.tensor(positions).to(self._device, non_blocking=True)
+        cos_SH, sin_SH = self._cos_PH.index_select(0, at_S), self._sin_PH.index_select(0, at_S)
+        return cos_SH.unsqueeze(1), sin_SH.unsqueeze(1)
+
+    def _reach(self, end: int) -> None:
+        if end > self._cos_PH.shape[0]:
+            with torch.inference_mode(False):  # a backward pass may come to need them
+                self._grow(max(end, 2 * self._cos_PH.shape[0]))
 
     def _grow(self, positions: int) -> None:
         is_double = self._dtype == torch.float64

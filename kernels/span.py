@@ -17,6 +17,7 @@ import torch
 from kernels.adapter import SpanAdapter
 from kernels.block import DecoderBlock, Place
 from kernels.checkpoint import Checkpoint
+from kernels.decode_kernel import place_rows
 from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
 from kernels.kv_cache import CacheArena, SequenceCache
 from kernels.layer_loader import LayerLoader
@@ -65,6 +66,7 @@ class Span:
         self._blocks = tuple(blocks)
         self.graphs_failure = ""
         self._graphs: StepGraphs | None = None
+        self._has_decode_kernel = any(block.has_decode_kernel for block in blocks)
         self._tables = [
             RotaryTable(rotary, config.head_size, dtype=dtype, device=device)
             for rotary in config.rotary
@@ -103,7 +105,8 @@ class Span:
     ) -> torch.Tensor:
         """Runs new tokens of one or several sequences through blocks, ``[S, D]``.
 
-        The linear parts see all rows at once; attention sees each sequence alone.
+        The linear parts see all rows at once; attention sees each sequence alone, but on a GPU in a
+        decode step all of them.
 
         Args:
             hidden_SD: the segments' rows, one segment after the other.
@@ -153,10 +156,16 @@ class Span:
             # The class of all that CUDA refuses; for a graph's own memory there may be no room.
             except RuntimeError as error:
                 self._graphs, self.graphs_failure = None, str(error)
+        places_2S = None
+        # For one sequence torch's own attention is started in less time.
+        if self._has_decode_kernel and 1 < len(places) == hidden_SD.shape[0]:
+            places_2S = place_rows(places, self.device)
         for index in range(*blocks):
             cache_KTH = arena.keys_KTH[index], arena.values_KTH[index]
             in_block = [adapter.in_block(self.start + index) for adapter in adapters]
-            hidden_SD = self._blocks[index].step(hidden_SD, positions, places, cache_KTH, in_block)
+            hidden_SD = self._blocks[index].step(
+                hidden_SD, positions, places, cache_KTH, in_block, places_2S
+            )
         return hidden_SD
 
     def forward(

@@ -1,25 +1,28 @@
 """Decode steps whose kernels are recorded once and launched together.
 
 On a GPU a decode step is hundreds of small kernels, and launching each from Python takes longer
-than it runs. What lies between the attentions of two blocks depends on nothing but the number of
-rows: it is recorded for each number of rows, when that comes up first, as a graph that one call
-launches. Attention itself, whose shapes grow with every token, stays outside: it is a few kernels.
+than it runs. What depends on nothing but the number of rows is recorded for each number of rows,
+when that comes up first, as a graph that one call launches: a whole step, where attention is a
+kernel that reads from a tensor where the sequences are. Attention whose shapes grow with every
+token stays outside, and what lies between two such attentions is a graph.
 
 What a graph reads and writes must always lie in the same places, so its inputs and outputs are
-buffers, one set for each number of rows. Recording is done by a `Recorder`: `CudaRecorder` makes
-CUDA graphs; in tests, one for the CPU calls the work again.
+buffers, one set for each number of rows, and the arena is that of the recording. Recording is done
+by a `Recorder`: `CudaRecorder` makes CUDA graphs; in tests, one for the CPU calls the work again.
 
 Shapes: S rows, D hidden size, N query heads, K key and value heads, H head size.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kernels.block import DecoderBlock, Place
+from kernels.decode_kernel import place_rows
 from kernels.kv_cache import CacheArena
 from kernels.rotary import Positions
 
@@ -74,6 +77,24 @@ class _Buffers:
     projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     attended_SA: torch.Tensor
     positions: Positions
+    places_2S: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What one graph does.
+
+    Attributes:
+        rows: of the step.
+        ended: the block that it ends, after an attention outside of graphs; or none.
+        whole: the blocks that it runs through, attention included.
+        begun: the block that it begins, up to an attention outside of graphs; or none.
+    """
+
+    rows: int
+    ended: int | None
+    whole: range
+    begun: int | None
 
 
 class StepGraphs:
@@ -88,7 +109,8 @@ class StepGraphs:
         self._blocks = blocks
         self._record = record
         self._buffers: dict[int, _Buffers] = {}
-        self._graphs: dict[tuple[int, int | None, int | None], Callable[[], None]] = {}
+        self._graphs: dict[_Piece, Callable[[], None]] = {}
+        self._arena: weakref.ref[CacheArena] | None = None
 
     @property
     def recorded(self) -> int:
@@ -120,25 +142,45 @@ class StepGraphs:
             RuntimeError: the work cannot be recorded on this device. What the cache has of these
                 tokens is to be written again.
         """
-        first, last = blocks
+        self._attach(arena)
         rows = len(places)
         buffers = self._buffers.get(rows)
         if buffers is None:
             buffers = self._buffers[rows] = self._make_buffers(hidden_SD, positions)
-        between = [self._find(rows, at, at - 1) for at in range(first + 1, last)]
-        graphs = [self._find(rows, first, None), *between, self._find(rows, None, last - 1)]
-        # Recording has run the work, so what it runs on comes now.
+        # Recording runs the work, which then writes into the cache where this step will.
+        buffers.places_2S.copy_(place_rows(places, hidden_SD.device))
+        pieces = self._cut(rows, *blocks)
+        graphs = [self._find(piece, arena) for piece in pieces]
+        # ... and into the other buffers, so what it runs on comes now.
         buffers.hidden_SD.copy_(hidden_SD)
         for kept, given in zip(buffers.positions, positions, strict=True):
             for kept_part, given_part in zip(kept, given, strict=True):
                 kept_part.copy_(given_part)
-        for number, graph in zip(range(first, last), graphs, strict=False):
+        for piece, graph in zip(pieces, graphs, strict=True):
             graph()
-            cache_KTH = arena.keys_KTH[number], arena.values_KTH[number]
-            attended_SA = self._blocks[number].attend(buffers.projected, places, cache_KTH)
-            buffers.attended_SA.copy_(attended_SA)
-        graphs[-1]()
+            if piece.begun is not None:
+                cache_KTH = arena.keys_KTH[piece.begun], arena.values_KTH[piece.begun]
+                attend = self._blocks[piece.begun].attend
+                buffers.attended_SA.copy_(attend(buffers.projected, places, cache_KTH))
         return buffers.hidden_SD.clone()
+
+    def _attach(self, arena: CacheArena) -> None:
+        """Forgets the graphs that read another arena."""
+        if self._arena is None or self._arena() is not arena:
+            self._arena = weakref.ref(arena)
+            self._graphs = {
+                piece: graph for piece, graph in self._graphs.items() if not piece.whole
+            }
+
+    def _cut(self, rows: int, first: int, last: int) -> list[_Piece]:
+        """A step in pieces, between which are the attentions that cannot be recorded."""
+        pieces = []
+        ended, start = None, first
+        for number in range(first, last):
+            if not self._blocks[number].has_decode_kernel:
+                pieces.append(_Piece(rows, ended, range(start, number), number))
+                ended, start = number, number + 1
+        return [*pieces, _Piece(rows, ended, range(start, last), None)]
 
     def _make_buffers(self, hidden_SD: torch.Tensor, positions: Positions) -> _Buffers:
         x_SD, *projected = self._blocks[0].begin(hidden_SD, positions)
@@ -152,26 +194,36 @@ class StepGraphs:
                 (cos_S1H.clone().contiguous(), sin_S1H.clone().contiguous())
                 for cos_S1H, sin_S1H in positions
             ),
+            places_2S=torch.zeros(
+                2, hidden_SD.shape[0], dtype=torch.int64, device=hidden_SD.device
+            ),
         )
 
-    def _find(self, rows: int, begun: int | None, ended: int | None) -> Callable[[], None]:
-        """The graph that ends one block, after its attention, and begins another, before it."""
-        graph = self._graphs.get((rows, begun, ended))
+    def _find(self, piece: _Piece, arena: CacheArena) -> Callable[[], None]:
+        """The graph of a piece of a step."""
+        graph = self._graphs.get(piece)
         if graph is not None:
             return graph
-        buffers = self._buffers[rows]
+        buffers = self._buffers[piece.rows]
 
         def work() -> None:
-            if ended is not None:
-                finish = self._blocks[ended].finish
-                buffers.hidden_SD.copy_(
-                    finish(buffers.hidden_SD, buffers.x_SD, buffers.attended_SA)
-                )
-            if begun is not None:
-                x_SD, *projected = self._blocks[begun].begin(buffers.hidden_SD, buffers.positions)
+            hidden_SD = buffers.hidden_SD
+            if piece.ended is not None:
+                finish = self._blocks[piece.ended].finish
+                hidden_SD = finish(hidden_SD, buffers.x_SD, buffers.attended_SA)
+            for number in piece.whole:
+                block = self._blocks[number]
+                cache_KTH = arena.keys_KTH[number], arena.values_KTH[number]
+                x_SD, *projected = block.begin(hidden_SD, buffers.positions)
+                attended_SA = block.attend_rows(projected, buffers.places_2S, cache_KTH)
+                hidden_SD = block.finish(hidden_SD, x_SD, attended_SA)
+            if piece.begun is not None:
+                x_SD, *projected = self._blocks[piece.begun].begin(hidden_SD, buffers.positions)
                 buffers.x_SD.copy_(x_SD)
                 for kept, made in zip(buffers.projected, projected, strict=True):
                     kept.copy_(made)
+            if hidden_SD is not buffers.hidden_SD:
+                buffers.hidden_SD.copy_(hidden_SD)
 
-        graph = self._graphs[rows, begun, ended] = self._record(work)
+        graph = self._graphs[piece] = self._record(work)
         return graph

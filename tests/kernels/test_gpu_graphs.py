@@ -61,7 +61,8 @@ def test_of_every_family(tmp_path: Path, name: str) -> None:
     assert can_record != bool(checkpoint.config.num_experts)
     assert error_of(decode(span, [1, 3]), expected_SD) < ROUNDING
     assert span.graphs_failure == ""
-    graphs = checkpoint.config.num_blocks + 1
+    # One for a whole step, where attention is a kernel; or else one more than there are blocks.
+    graphs = 1 if checkpoint.config.has_plain_scores else checkpoint.config.num_blocks + 1
     assert record.recorded == (2 * graphs if can_record else 0)
     assert record.replays == (2 * 6 * graphs if can_record else 0)
 
@@ -94,8 +95,8 @@ def test_of_every_number_of_rows(tmp_path: Path) -> None:
     span.record_steps(record)
     assert error_of(decode(span, counts, tokens=2), expected_SD) < ROUNDING
     assert span.graphs_failure == ""
-    assert record.recorded == MAX_ROWS * 5
-    assert record.replays == 2 * (len(counts) - 1) * 5  # one is of too many rows
+    assert record.recorded == MAX_ROWS
+    assert record.replays == 2 * (len(counts) - 1)  # one is of too many rows
 
 
 def test_recording_keeps_little_memory(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_of_caches_that_move_and_are_packed_anew(tmp_path: Path) -> None:
     assert moves
     span.record_steps(record)
     assert error_of(run()[0], expected_SD) < ROUNDING
-    assert record.replays == 150 * 5
+    assert record.replays == 150
 
 
 def test_of_a_part_of_the_span(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_of_a_part_of_the_span(tmp_path: Path) -> None:
     expected_SD = run()
     span.record_steps(record)
     assert error_of(run(), expected_SD) < ROUNDING
-    assert (record.recorded, record.replays) == (3, 9 * 3)
+    assert (record.recorded, record.replays) == (1, 9)
 
 
 def test_steps_with_adapters_are_not_recorded_and_right(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_steps_with_adapters_are_not_recorded_and_right(tmp_path: Path) -> None:
     span, record = load(checkpoint, device=GPU), CountedRecorder()
     span.record_steps(record)
     outputs_SD = run(span)
-    assert record.replays == 5 * 5
+    assert record.replays == 5
     assert error_of(outputs_SD, run(load(checkpoint))) < ROUNDING
     assert error_of(outputs_SD[::2], outputs_SD[1::2]) > 0.01
 
@@ -216,7 +217,7 @@ def test_others_use_the_gpu_while_steps_are_recorded(tmp_path: Path) -> None:
         outputs_SD = decode(span, [1, 2, 3, 4])
     assert span.graphs_failure == ""
     assert error_of(outputs_SD, expected_SD) < ROUNDING
-    assert record.replays == 4 * 6 * 5
+    assert record.replays == 4 * 6
     assert all(rounds)
 
 

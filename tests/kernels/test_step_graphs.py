@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from kernels import block as block_module
 from kernels.checkpoint import Checkpoint
 from kernels.kv_cache import CacheArena, SequenceCache
 from kernels.span import Segment, Span, load_span
 from kernels.step_graphs import MAX_ROWS, WARM_UPS
+from tests.helpers.decode_cases import attend_in_turn
 from tests.helpers.tiny_models import FAMILIES, make_model, save_model
 
 CPU = torch.device("cpu")
@@ -110,6 +113,52 @@ def test_of_a_part_of_the_span(tmp_path: Path) -> None:
     span.record_steps(record)
     assert torch.equal(run(), expected_SD)
     assert record.replays == 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "graphs"),
+    [("llama", 1), ("mistral-window", 1), ("gemma3", 1), ("qwen3-window", 1), ("gemma2", 5)],
+)
+def test_of_whole_steps_where_attention_is_a_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, graphs: int
+) -> None:
+    checkpoint = Checkpoint(save_model(make_model(name), tmp_path))
+    expected_SD = decode(load(checkpoint), [1, 3])
+    monkeypatch.setattr(block_module, "find_decode_kernel", lambda *about: attend_in_turn)
+    span, record = load(checkpoint), Replayer()
+    assert span.record_steps(record)
+    assert torch.equal(decode(span, [1, 3]), expected_SD)
+    assert record.replays == 2 * 6 * graphs
+
+
+def test_of_whole_steps_of_one_arena_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(save_model(make_model("llama"), tmp_path))
+    expected_SD = decode(load(checkpoint), [2])
+    monkeypatch.setattr(block_module, "find_decode_kernel", lambda *about: attend_in_turn)
+    span = load(checkpoint)
+    span.record_steps(Replayer())
+    for _ in range(2):
+        assert torch.equal(decode(span, [2]), expected_SD)
+    assert span._graphs is not None
+    assert span._graphs.recorded == 1
+
+
+def test_unrecorded_steps_take_the_kernel_for_several_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(save_model(make_model("mixtral-window"), tmp_path))
+    expected_SD = decode(load(checkpoint), [1, 3])
+    taken = []
+
+    def counted(*about: Any) -> torch.Tensor:
+        taken.append(about[2].shape[1])
+        return attend_in_turn(*about)
+
+    monkeypatch.setattr(block_module, "find_decode_kernel", lambda *about: counted)
+    assert torch.equal(decode(load(checkpoint), [1, 3]), expected_SD)
+    assert taken == [3] * 6 * 4
 
 
 def test_prefills_and_large_batches_are_not_recorded(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: they give the codec's bits, and can be compiled for one."""
+"""The Triton kernels without a GPU: they give what the plain ways do, and compile for one."""
 
 from __future__ import annotations
 
@@ -55,6 +55,39 @@ for function, (rows, (is_bfloat16, is_float16)) in itertools.product(SIGNATURES,
     assert "fma" not in made.asm["ptx"]
 """
 
+COMPILE_ATTENTION = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from kernels.triton import decode_attention as kernels
+
+SHAPES = [("bf16", 4, 128, 64), ("fp16", 1, 96, 64), ("fp32", 3, 256, 16)]
+for kind, shared, head_size, tokens in SHAPES:
+    values = {
+        "SHARED": shared,
+        "PADDED_SHARED": 16,
+        "HEAD_SIZE": head_size,
+        "WIDTH": 1 << (head_size - 1).bit_length(),
+        "TOKENS": tokens,
+        "MAX_PARTS": kernels.MAX_PARTS,
+    }
+    of_attend = ["*" + kind] * 5 + ["*i64", "*fp32", "*fp32"] + ["i32"] * 7 + ["fp32", "i32"]
+    of_join = ["*fp32", "*fp32", "*i64", "*" + kind, "i32", "i32"]
+    for function, types in ((kernels._attend, of_attend), (kernels._join, of_join)):
+        constants = {name: value for name, value in values.items() if name in function.arg_names}
+        types = types + ["constexpr"] * len(constants)
+        source = ASTSource(
+            fn=function,
+            signature=dict(zip(function.arg_names, types, strict=True)),
+            constexprs=constants,
+        )
+        options = {"enable_fp_fusion": True, "num_stages": 2}
+        made = compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+        assert made.asm["cubin"]
+        assert made.metadata.shared < 96 << 10  # fits all since Volta
+        # Sixteen bits go to tensor cores; 32 bits are multiplied as such.
+        assert ("mma.sync" in made.asm["ptx"]) == (function is kernels._attend and kind != "fp32")
+"""
+
 
 def run_python(arguments: list[str], folder: Path, **extra: str) -> str:
     environment = {
@@ -81,6 +114,18 @@ def test_kernels_give_the_bits_of_the_plain_codec(tmp_path: Path) -> None:
 @needs_triton
 def test_kernels_compile_for_a_gpu_without_fusing(tmp_path: Path) -> None:
     run_python(["-c", COMPILE], tmp_path, TRITON_INTERPRET="0")
+
+
+@needs_triton
+def test_attention_kernels_give_what_the_plain_way_does(tmp_path: Path) -> None:
+    arguments = ["-m", "tests.helpers.decode_interpreted"]
+    cases = run_python(arguments, tmp_path, TRITON_INTERPRET="1")
+    assert int(cases) == 12
+
+
+@needs_triton
+def test_attention_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    run_python(["-c", COMPILE_ATTENTION], tmp_path, TRITON_INTERPRET="0")
 
 
 def test_the_codec_takes_the_kernels_for_what_is_on_a_gpu_alone(
