@@ -16,6 +16,7 @@ from p2p.holder_choice import (
     REMEMBERED_S,
     WARM_ASKED,
     HolderBook,
+    Standing,
     asked_at_once,
 )
 from p2p.shards import peer_digest
@@ -270,18 +271,21 @@ def make_flood(peer: str) -> SignedRecord:
 def test_who_did_badly_is_asked_last_for_a_while():
     book, rng = HolderBook(), random.Random(0)
     holders = [str(number) for number in range(HOLDERS)]
-    book.note([], ["1", "3", "5"], 0.0)
-    book.note(["1"], [], 0.0)
-    assert set(book.order(holders, 1.0, rng=rng)[-2:]) == {"3", "5"}
+    for holder, standing in {"1": Standing.LIAR, "3": Standing.LACKING, "5": Standing.LIAR}.items():
+        book.note(holder, standing, 0.0)
+    book.note("1", Standing.GOOD, 0.0)
+    assert book.order(holders, 1.0, rng=rng)[-2:] == ["3", "5"]
     firsts = {book.order(holders, REMEMBERED_S, rng=rng)[0] for _ in range(200)}
     assert firsts == set(holders)
 
 
-def test_how_many_are_asked():
-    def asked(is_shard: bool, is_first: bool, is_cold: bool) -> int:
-        return asked_at_once(is_shard=is_shard, is_first=is_first, is_cold=is_cold)
+def test_how_many_are_asked() -> None:
+    def asked(is_shard: bool, is_first: bool, is_cold: bool, trusted: int = HOLDERS) -> int:
+        return asked_at_once(is_shard=is_shard, is_first=is_first, is_cold=is_cold, trusted=trusted)
 
     assert asked(False, True, True) == asked(False, True, False) == HOLDERS
+    assert asked(False, True, True, trusted=5) == 5
+    assert asked(False, True, True, trusted=0) == asked(False, False, True, trusted=5) == HOLDERS
     assert asked(True, True, True) == COLD_ASKED
     assert asked(True, True, False) == WARM_ASKED
     assert BEAT_S < 12
