@@ -53,7 +53,7 @@ class Result:
     """One row.
 
     Attributes:
-        bytes_per_s: by server, sent and received; median, 99 of 100, worst.
+        bytes_per_s: by server that is not hostile, sent and received; median, 99 of 100, worst.
         crash_s: until a reader lost a crashed server; median, worst.
         unseen: part of the servers that should be in a view and are not.
         kept: pairs of a reader and a crashed server that it still saw at the end.
@@ -86,7 +86,7 @@ def simulate(settings: Settings) -> Result:
     level = world.deepest
     if settings.grows_from is None:
         level = round(statistics.median(one.memory.sample.level for one in world.readers))
-    rates = sorted(server.traffic.bytes / counted_s for server in alive)
+    rates = sorted(server.traffic.bytes / counted_s for server in alive if not server.is_hostile)
     lost_s = [seconds for reader in world.readers for seconds in reader.lost_s.values()]
     return Result(
         servers=settings.servers,

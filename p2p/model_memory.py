@@ -60,6 +60,8 @@ class KeyRead:
         )
         wave, self._queue = self._queue[:count], self._queue[count:]
         self._asked += wave
+        if not self._queue:
+            self._memory.on_all_asked(now)
         return wave
 
     def on_end(self, holder: str) -> None:
