@@ -398,7 +398,7 @@ class World:
             self.count(server, holder, self.sizes.list_request, 0)
             return
         self.count(server, holder, self.sizes.list_request, self.sizes.list_of(len(rows)))
-        memory.on_list(holder.peer, rows, now=self.now)
+        memory.on_list(holder.peer, rows, now=self.now, wall_now=1e9 + self.now)
         if self.is_counting:
             self._fetched["listed"] += len(rows)
         while claimed := memory.claim(holder.peer):

@@ -60,7 +60,7 @@ def read(
     memory: KeyMemory, holder: str, *told: OwnRecord, now: float, age_s: float = 0.0
 ) -> tuple[bytes, ...]:
     """A whole answer of an honest holder; gives what was fetched."""
-    memory.on_list(holder, [row_of(own, age_s) for own in told], now=now)
+    memory.on_list(holder, [row_of(own, age_s) for own in told], now=now, wall_now=now)
     fetched = memory.claim(holder)
     if fetched:
         records = {peer_digest(own.record.peer): own.record for own in told}
@@ -112,7 +112,7 @@ def test_a_record_is_fetched_from_one_holder_at_a_time():
     memory, own = make_memory(), say(make_author("a"))
     memory.begin(0)
     for holder in ("one", "other"):
-        memory.on_list(holder, [row_of(own)], now=0)
+        memory.on_list(holder, [row_of(own)], now=0, wall_now=0)
     claimed = memory.claim("one")
     assert memory.claim("other") == ()
     assert memory.is_waiting("other")
@@ -164,13 +164,13 @@ def test_the_first_forged_record_ends_what_is_taken_from_a_holder(change):
     memory = make_memory()
     told = [say(make_author(name)) for name in ("a", "c", "d")]
     memory.begin(0)
-    memory.on_list("liar", [row_of(own) for own in told], now=0)
+    memory.on_list("liar", [row_of(own) for own in told], now=0, wall_now=0)
     claimed = memory.claim("liar")
     given = [told[0].record, dataclasses.replace(told[1].record, **change), told[2].record]
     memory.on_records("liar", claimed, given, now=0, wall_now=0)
     assert len(memory.living(0)) == 1
     assert memory.find_bad(["liar"], 0) == ["liar"]
-    memory.on_list("good", [row_of(own) for own in told], now=0)
+    memory.on_list("good", [row_of(own) for own in told], now=0, wall_now=0)
     assert len(memory.claim("good")) == 2
 
 
@@ -179,9 +179,20 @@ def test_a_beat_of_another_chain_is_passed_over():
     memory.begin(0)
     read(memory, "one", say(author), now=0)
     forged = dataclasses.replace(row_of(say(author, at=15.0)), number=2)
-    memory.on_list("one", [forged], now=15)
+    memory.on_list("one", [forged], now=15, wall_now=15)
     assert memory.liars == set()  # its author may have told the holder another record
     assert bodies(memory, TTL_S) == []
+
+
+def test_a_beat_that_was_held_back_for_long_revives_nobody():
+    memory, author = make_memory(), make_author("a")
+    memory.begin(0)
+    read(memory, "one", say(author), now=0)
+    own = say(author, at=15.0)
+    late = 15 + TTL_S + CLOCK_SKEW_S + 1
+    memory.begin(late)
+    read(memory, "liar", own, now=late)
+    assert bodies(memory, late) == []
 
 
 def test_a_clock_that_is_set_back_does_not_silence_an_author():
@@ -195,7 +206,7 @@ def test_who_lists_and_does_not_give_is_asked_last():
     memory = make_memory()
     told = [say(make_author(str(number))) for number in range(40)]
     memory.begin(0)
-    memory.on_list("liar", [row_of(own) for own in told], now=0)
+    memory.on_list("liar", [row_of(own) for own in told], now=0, wall_now=0)
     memory.on_records("liar", memory.claim("liar"), [], now=0, wall_now=0)
     assert not memory.claim("liar")
     assert memory.find_bad(["liar"], 0) == ["liar"]
@@ -257,7 +268,7 @@ def test_a_flood_has_a_bound():
         memory.begin(number)
         records = [make_flood(rng.randbytes(8).hex()) for _ in range(MAX_ROWS + 50)]
         rows = [Row(peer_digest(one.peer), 1, 0, 0.0, one.beat) for one in records]
-        memory.on_list("flooder", rows, now=number)
+        memory.on_list("flooder", rows, now=number, wall_now=number)
         while claimed := memory.claim("flooder"):
             given = [one for one in records if peer_digest(one.peer) in claimed]
             memory.on_records("flooder", claimed, given, now=number, wall_now=number)
