@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmarks.directory_sim_sizes import KEY, SIGNATURE, STREAM_BYTES, Sizes, make_announcement
 from p2p.directory_author import Author, OwnRecord
 from p2p.directory_memory import KeyMemory
 from p2p.directory_store import DirectoryStore
@@ -30,24 +31,11 @@ from p2p.holder_choice import HOLDERS, HolderBook
 from p2p.model_memory import KeyRead, ModelMemory
 from p2p.shards import Sample, peer_digest
 from p2p.wire.directory_messages import (
-    MAX_RECORDS_PER_MESSAGE,
     MAX_ROWS,
-    ROW_BYTES,
-    GetRecords,
-    ListRecords,
     PutBeat,
-    RecordList,
-    Records,
     Row,
 )
-from p2p.wire.message import encode_message
-from p2p.wire.replies import Ok
 from petald.announcer import PERIOD_S, RENEW_S, TTL_S
-from petald.swarm import Announcement, RoundTripTo, directory_key
-
-MODEL = bytes(range(32))
-KEY = directory_key(MODEL)
-SIGNATURE = b"x" * 64
 
 LOOK_S = 8.0
 LOOK_SERVER_S = 0.005
@@ -60,10 +48,6 @@ NEW_S = 30.0
 
 DOUBLING_S = 120.0
 READERS = 100
-
-STREAM_BYTES = 160
-"""What each end sends for a stream beside messages: multistream-select's two lines (20 and 21
-bytes), and the headers of yamux (12) and of Noise (18) round some three writes."""
 
 CHANGE_S = RENEW_S
 """An announcement is told anew after so long at the latest, and at a move, a claim and a larger
@@ -176,7 +160,7 @@ class World:
         self.deepest = 0
         self._fetched = Counter[str]()
         self._due = 1.0
-        self.sizes = Sizes(self.servers[0])
+        self.sizes = Sizes(self.servers[0].body)
 
     def _make_server(self, number: int) -> Server:
         peer = f"12D3KooW{number:044}"
@@ -457,61 +441,3 @@ class World:
                 server.traffic.reads += self.is_counting and server is not holder
         seen = round((model.servers or 0.0) * sample.share)
         self.at_next_look(seen, lambda: self.look_lightly(server))
-
-
-class Sizes:
-    """Bytes of messages, as they are encoded."""
-
-    def __init__(self, server: Server) -> None:
-        own = server.author.say(KEY, server.body, ttl_s=TTL_S, sequence=10**12, wall_now=1e9)
-        key = hashlib.sha256(KEY).digest()
-        self.put = len(encode_message(own.whole))
-        self.beat = len(encode_message(own.refresh))
-        self.ok = len(encode_message(Ok()))
-        self.list_request = len(encode_message(ListRecords(key=key)))
-        self._list = len(encode_message(RecordList(rows=b"")))
-        self._records = len(encode_message(Records(records=())))
-        self.record = len(encode_message(Records(records=(own.record,)))) - self._records
-        peers = GetRecords(key=key, peers=(bytes(8),))
-        self.digest = len(encode_message(GetRecords(key=key, peers=(bytes(8),) * 2))) - len(
-            encode_message(peers)
-        )
-        self._get = len(encode_message(peers)) - self.digest
-        server.author.forget_all_but(())
-
-    def list_of(self, rows: int) -> int:
-        return self._list + ROW_BYTES * rows
-
-    def get(self, count: int) -> int:
-        return self._get + self.digest * count
-
-    def records(self, count: int) -> int:
-        return self._records + self.record * count
-
-    def whole_read(self, servers: int) -> int:
-        """One read of all records from one holder, as it was under one key."""
-        messages = -(-servers // MAX_RECORDS_PER_MESSAGE)
-        return self.list_request + messages * self._records + servers * self.record
-
-
-def make_announcement(number: int, rng: random.Random) -> bytes:
-    """What a server says that serves blocks of a model and knows its next hops."""
-    start = rng.randrange(70)
-    return Announcement(
-        model=MODEL,
-        start=start,
-        end=start + 10,
-        state="serving",
-        step_ms=round(rng.uniform(5, 50), 3),
-        cache_tokens=65_536,
-        free_cache_tokens=number % 65_536,
-        dtype="bfloat16",
-        quant="nf4",
-        version="0.1.0",
-        addresses=("/ip4/203.0.113.77/tcp/31330", "/ip4/192.168.178.100/tcp/31330"),
-        queue_ms=round(rng.uniform(0, 9), 3),
-        prefill_ms=round(rng.uniform(1, 9), 3),
-        round_trips=tuple(
-            RoundTripTo(peer=rng.randbytes(8), ms=round(rng.uniform(1, 200), 2)) for _ in range(4)
-        ),
-    ).encode()
