@@ -383,11 +383,12 @@ class World:
             return
         self.count(server, holder, self.sizes.list_request, self.sizes.list_of(len(rows)))
         memory.on_list(holder.peer, rows, now=self.now, wall_now=1e9 + self.now)
-        if self.is_counting:
+        is_usual = self.is_counting and not holder.is_hostile
+        if is_usual:
             self._fetched["listed"] += len(rows)
         while claimed := memory.claim(holder.peer):
             given = self.give(holder, memory.key, claimed)
-            if self.is_counting:
+            if is_usual:
                 self._fetched["fetched"] += len(claimed)
             self.count(server, holder, self.sizes.get(len(claimed)), self.sizes.records(len(given)))
             memory.on_records(holder.peer, claimed, given, now=self.now, wall_now=1e9 + self.now)
