@@ -16,17 +16,20 @@ that live and are not in a view where they should be.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from benchmarks.directory_sim_world import (
     CHANGE_S,
+    DOUBLING_S,
     FLOOD,
     LOOK_S,
     LOOK_SERVER_S,
     MOST_LOOK_S,
+    READERS,
     STALE,
     TRUTHFUL,
     WITHHOLD,
@@ -35,10 +38,14 @@ from benchmarks.directory_sim_world import (
 )
 from benchmarks.report import describe_machine, write_results
 from p2p.holder_choice import HOLDERS
+from p2p.shards import SHARDS_READ
 
 SIZES = (100, 300, 1000, 3000, 10_000)
 QUICK_SIZES = (100, 300, 1000)
+QUICK_READERS = 15
 BUSY_S = 15.0
+GROWTH = (100, 3000)
+QUICK_GROWTH = (60, 240)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +53,7 @@ class Result:
     """One row.
 
     Attributes:
-        bytes_per_s: by server, sent and received; median, 99 of 100, worst.
+        bytes_per_s: by server that is not hostile, sent and received; median, 99 of 100, worst.
         crash_s: until a reader lost a crashed server; median, worst.
         unseen: part of the servers that should be in a view and are not.
         kept: pairs of a reader and a crashed server that it still saw at the end.
@@ -65,6 +72,7 @@ class Result:
     crash_s: tuple[float, float]
     unseen: float
     kept: int
+    grows: bool
     took_s: float
 
 
@@ -75,14 +83,17 @@ def simulate(settings: Settings) -> Result:
     counted_s = settings.end_s - settings.begin_s
     alive = [server for server in world.servers if server.is_alive]
     watching = {reader.server for reader in world.readers}
-    rates = sorted(server.traffic.bytes / counted_s for server in alive)
+    level = world.deepest
+    if settings.grows_from is None:
+        level = round(statistics.median(one.memory.sample.level for one in world.readers))
+    rates = sorted(server.traffic.bytes / counted_s for server in alive if not server.is_hostile)
     lost_s = [seconds for reader in world.readers for seconds in reader.lost_s.values()]
     return Result(
         servers=settings.servers,
         hostile=settings.hostile,
         change_s=settings.change_s,
-        level=round(statistics.median(one.memory.sample.level for one in world.readers)),
-        share=statistics.median(one.memory.sample.share for one in world.readers),
+        level=level,
+        share=min(1.0, SHARDS_READ / (1 << level)),
         put_bytes=world.sizes.put,
         beat_bytes=world.sizes.beat,
         writes_per_minute=statistics.median(one.traffic.writes for one in alive) * 60 / counted_s,
@@ -100,7 +111,22 @@ def simulate(settings: Settings) -> Result:
             for peer in world.crashed_at
             if reader.server.is_alive
         ),
+        grows=settings.grows_from is not None,
         took_s=time.perf_counter() - began_at,
+    )
+
+
+def grow_and_shrink(first: int, most: int, *, seed: int) -> Settings:
+    """A swarm that grows and shrinks again, as fast as the levels follow."""
+    begin_s = 60.0
+    grows_s = DOUBLING_S * math.log2(most / first)
+    return Settings(
+        servers=most,
+        grows_from=first,
+        readers=40,
+        seed=seed,
+        begin_s=begin_s,
+        end_s=2 * (begin_s + grows_s) + 60.0,
     )
 
 
@@ -125,7 +151,7 @@ def print_table(results: Sequence[Result]) -> None:
     )
     for one in results:
         median, most, worst = (rate / 1e3 for rate in one.bytes_per_s)
-        busy = " *" if one.change_s == BUSY_S else ""
+        busy = " *" if one.change_s == BUSY_S else " +" if one.grows else ""
         print(
             f"{one.servers:7} {one.hostile:>8} {2**one.level:6} {one.share:6.3f}"
             f" {one.writes_per_minute:5.0f}/m {one.reads_per_minute:4.0f}/m"
@@ -148,13 +174,17 @@ def main() -> None:
     machine = describe_machine()
     print("  ".join(f"{key}: {value}" for key, value in machine.items()))
     sizes = QUICK_SIZES if args.quick else SIZES
+    readers = QUICK_READERS if args.quick else READERS
+    common = Settings(servers=0, seed=args.seed, change_s=args.change_s, readers=readers)
     plan = [
-        Settings(servers=servers, hostile=hostile, seed=args.seed, change_s=args.change_s)
+        replace(common, servers=servers, hostile=hostile)
         for servers in sizes
         for hostile in (TRUTHFUL, STALE, WITHHOLD, FLOOD)
         if hostile == TRUTHFUL or servers in (100, sizes[-1])
     ]
-    plan.append(Settings(servers=sizes[-1], seed=args.seed, change_s=BUSY_S))
+    plan.append(replace(common, servers=sizes[-1], change_s=BUSY_S))
+    growth = grow_and_shrink(*(QUICK_GROWTH if args.quick else GROWTH), seed=args.seed)
+    plan.append(replace(growth, readers=min(growth.readers, readers)))
     results = []
     for settings in plan:
         results.append(simulate(settings))
@@ -163,6 +193,7 @@ def main() -> None:
     print(f"\nannouncement: {first.put_bytes} bytes whole, {first.beat_bytes} as a beat\n")
     print_table(results)
     print(f"\n*: each announcement says something else; otherwise one in {args.change_s:.0f} s")
+    print(f"+: grows to this size, doubling every {DOUBLING_S:.0f} s, and shrinks again")
     print("\none key, all of it read whole from each of its holders (calculated):")
     for servers in sizes:
         reader, holder = one_key_cost(servers)

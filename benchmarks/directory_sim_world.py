@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmarks.directory_sim_sizes import KEY, SIGNATURE, STREAM_BYTES, Sizes, make_announcement
 from p2p.directory_author import Author, OwnRecord
 from p2p.directory_memory import KeyMemory
 from p2p.directory_store import DirectoryStore
@@ -29,24 +31,11 @@ from p2p.holder_choice import HOLDERS, HolderBook
 from p2p.model_memory import KeyRead, ModelMemory
 from p2p.shards import Sample, peer_digest
 from p2p.wire.directory_messages import (
-    MAX_RECORDS_PER_MESSAGE,
     MAX_ROWS,
-    ROW_BYTES,
-    GetRecords,
-    ListRecords,
     PutBeat,
-    RecordList,
-    Records,
     Row,
 )
-from p2p.wire.message import encode_message
-from p2p.wire.replies import Ok
 from petald.announcer import PERIOD_S, RENEW_S, TTL_S
-from petald.swarm import Announcement, RoundTripTo, directory_key
-
-MODEL = bytes(range(32))
-KEY = directory_key(MODEL)
-SIGNATURE = b"x" * 64
 
 LOOK_S = 8.0
 LOOK_SERVER_S = 0.005
@@ -54,9 +43,11 @@ MOST_LOOK_S = 60.0
 """As petald.mover: how often a server reads its view, which is the most frequent reading there is
 (that module is not imported because it brings torch; a test compares the numbers)."""
 
-STREAM_BYTES = 160
-"""What each end sends for a stream beside messages: multistream-select's two lines (20 and 21
-bytes), and the headers of yamux (12) and of Noise (18) round some three writes."""
+NEW_S = 30.0
+"""After its first announcement readers may lack a server for two or three looks."""
+
+DOUBLING_S = 120.0
+READERS = 100
 
 CHANGE_S = RENEW_S
 """An announcement is told anew after so long at the latest, and at a move, a claim and a larger
@@ -81,17 +72,20 @@ class Settings:
         crashes: servers that die at `crash_s`.
         begin_s: from here on is counted; by then views are read and old records expired.
         end_s: of the simulation.
+        grows_from: servers there are at first; the others join, so that their number doubles every
+            `DOUBLING_S`, and leave as they came. Nobody crashes then. None: all are there at once.
     """
 
     servers: int
     hostile: str = TRUTHFUL
     hostile_share: float = 0.2
     change_s: float = CHANGE_S
-    readers: int = 100
+    readers: int = READERS
     crashes: int = 20
     begin_s: float = 60.0
     crash_s: float = 90.0
     end_s: float = 210.0
+    grows_from: int | None = None
     seed: int = 0
 
 
@@ -114,6 +108,8 @@ class Server:
     digest: bytes
     is_hostile: bool = False
     is_alive: bool = True
+    has_left: bool = False
+    told_at: float | None = None
     traffic: Traffic = field(default_factory=Traffic)
     store: DirectoryStore | None = None
     frozen: dict[bytes, list[Row]] = field(default_factory=dict)
@@ -154,13 +150,17 @@ class World:
             server.is_hostile = settings.hostile != TRUTHFUL
         chosen = self.rng.sample(self.servers, min(settings.readers, len(self.servers)))
         self.readers = [self._make_reader(server) for server in chosen]
+        self._places = {server.peer: place for place, server in enumerate(chosen)}
         watched = set(chosen)
         self._others = [server for server in self.servers if server not in watched]
+        for server in self._others:
+            self._places[server.peer] = len(self._places)
         self.crashed_at: dict[str, float] = {}
         self.unseen = Counter[str]()
+        self.deepest = 0
         self._fetched = Counter[str]()
         self._due = 1.0
-        self.sizes = Sizes(self.servers[0])
+        self.sizes = Sizes(self.servers[0].body)
 
     def _make_server(self, number: int) -> Server:
         peer = f"12D3KooW{number:044}"
@@ -184,19 +184,38 @@ class World:
 
     def run(self) -> None:
         for server in self.servers:
-            self.at(self.rng.uniform(0, PERIOD_S), lambda server=server: self.announce(server))
+            self.at(self.joins_at(server), lambda server=server: self.announce(server))
         for reader in self.readers:
             self.at(PERIOD_S + self.rng.uniform(0, LOOK_S), lambda reader=reader: self.look(reader))
         for server in self._others:
             self.at(
-                2 * PERIOD_S + self.rng.uniform(0, LOOK_S),
+                self.joins_at(server) + PERIOD_S + self.rng.uniform(0, LOOK_S),
                 lambda server=server: self.look_lightly(server),
             )
-        self.at(self.settings.crash_s, self.crash)
+        if self.settings.grows_from is None:
+            self.at(self.settings.crash_s, self.crash)
+        else:
+            for server in self._others:
+                self.at(
+                    self.settings.end_s - self.joins_at(server),
+                    lambda server=server: self.leave(server),
+                )
         self.at(self.settings.begin_s / 2, self.freeze)
         while self._heap and self._heap[0][0] <= self.settings.end_s:
             self.now, _, what = heapq.heappop(self._heap)
             what()
+
+    def joins_at(self, server: Server) -> float:
+        """When a server comes: all at once, or as the swarm grows."""
+        first, place = self.settings.grows_from, self._places[server.peer]
+        if first is None or place < first:
+            return self.rng.uniform(0, PERIOD_S)
+        return self.settings.begin_s + DOUBLING_S * math.log2((place + 1) / first)
+
+    def leave(self, server: Server) -> None:
+        """It leaves the swarm, not the network: it goes on to hold."""
+        server.told_at = None
+        server.has_left = True
 
     def crash(self) -> None:
         watching = {reader.server.peer for reader in self.readers}
@@ -230,8 +249,9 @@ class World:
         return found
 
     def announce(self, server: Server) -> None:
-        if not server.is_alive:
+        if not server.is_alive or server.has_left:
             return
+        server.told_at = self.now if server.told_at is None else server.told_at
         period_s = PERIOD_S * self.rng.uniform(0.8, 1.2)
         if self.rng.random() < period_s / self.settings.change_s:
             server.body = make_announcement(self.rng.getrandbits(40), self.rng)
@@ -299,7 +319,7 @@ class World:
         sample = self.rng.choice(self.readers).memory.sample
         if sample.servers is None:
             sample = Sample(server.digest, rng=self.rng)
-            sample.servers = float(len(self.servers))
+            sample.servers = float(self.settings.grows_from or len(self.servers))
         return sample
 
     def look(self, reader: Reader) -> None:
@@ -326,12 +346,15 @@ class World:
             if peer in reader.seen and peer not in found:
                 reader.lost_s[peer] = self.now - crashed_at
         reader.seen = found
+        self.deepest = max(self.deepest, reader.memory.sample.level)
         if self.is_counting:
             shards = reader.memory.sample.shards
             level, indices = shards[0].level, {shard.index for shard in shards}
             for server in self.servers:
                 index = int.from_bytes(server.digest[:4]) >> (32 - level)
-                if server.is_alive and index in indices:
+                told_at = server.told_at
+                is_there = server.is_alive and told_at is not None
+                if is_there and self.now - told_at > NEW_S and index in indices:
                     self.unseen["all"] += 1
                     self.unseen["unseen"] += server.peer not in found
 
@@ -359,12 +382,13 @@ class World:
             self.count(server, holder, self.sizes.list_request, 0)
             return
         self.count(server, holder, self.sizes.list_request, self.sizes.list_of(len(rows)))
-        memory.on_list(holder.peer, rows, now=self.now)
-        if self.is_counting:
+        memory.on_list(holder.peer, rows, now=self.now, wall_now=1e9 + self.now)
+        is_usual = self.is_counting and not holder.is_hostile
+        if is_usual:
             self._fetched["listed"] += len(rows)
         while claimed := memory.claim(holder.peer):
             given = self.give(holder, memory.key, claimed)
-            if self.is_counting:
+            if is_usual:
                 self._fetched["fetched"] += len(claimed)
             self.count(server, holder, self.sizes.get(len(claimed)), self.sizes.records(len(given)))
             memory.on_records(holder.peer, claimed, given, now=self.now, wall_now=1e9 + self.now)
@@ -394,7 +418,7 @@ class World:
 
     def look_lightly(self, server: Server) -> None:
         """Asks as a reader would that remembers, and forgets the answers."""
-        if not server.is_alive:
+        if not server.is_alive or server.has_left:
             return
         model = self.rng.choice(self.readers).memory.sample
         sample = Sample(server.digest, rng=self.rng)
@@ -416,63 +440,5 @@ class World:
                 request = self.sizes.list_request + fetched * self.sizes.digest
                 self.count(server, holder, request, answer)
                 server.traffic.reads += self.is_counting and server is not holder
-        seen = round(len(self.servers) * sample.share)
+        seen = round((model.servers or 0.0) * sample.share)
         self.at_next_look(seen, lambda: self.look_lightly(server))
-
-
-class Sizes:
-    """Bytes of messages, as they are encoded."""
-
-    def __init__(self, server: Server) -> None:
-        own = server.author.say(KEY, server.body, ttl_s=TTL_S, sequence=10**12, wall_now=1e9)
-        key = hashlib.sha256(KEY).digest()
-        self.put = len(encode_message(own.whole))
-        self.beat = len(encode_message(own.refresh))
-        self.ok = len(encode_message(Ok()))
-        self.list_request = len(encode_message(ListRecords(key=key)))
-        self._list = len(encode_message(RecordList(rows=b"")))
-        self._records = len(encode_message(Records(records=())))
-        self.record = len(encode_message(Records(records=(own.record,)))) - self._records
-        peers = GetRecords(key=key, peers=(bytes(8),))
-        self.digest = len(encode_message(GetRecords(key=key, peers=(bytes(8),) * 2))) - len(
-            encode_message(peers)
-        )
-        self._get = len(encode_message(peers)) - self.digest
-        server.author.forget_all_but(())
-
-    def list_of(self, rows: int) -> int:
-        return self._list + ROW_BYTES * rows
-
-    def get(self, count: int) -> int:
-        return self._get + self.digest * count
-
-    def records(self, count: int) -> int:
-        return self._records + self.record * count
-
-    def whole_read(self, servers: int) -> int:
-        """One read of all records from one holder, as it was under one key."""
-        messages = -(-servers // MAX_RECORDS_PER_MESSAGE)
-        return self.list_request + messages * self._records + servers * self.record
-
-
-def make_announcement(number: int, rng: random.Random) -> bytes:
-    """What a server says that serves blocks of a model and knows its next hops."""
-    start = rng.randrange(70)
-    return Announcement(
-        model=MODEL,
-        start=start,
-        end=start + 10,
-        state="serving",
-        step_ms=round(rng.uniform(5, 50), 3),
-        cache_tokens=65_536,
-        free_cache_tokens=number % 65_536,
-        dtype="bfloat16",
-        quant="nf4",
-        version="0.1.0",
-        addresses=("/ip4/203.0.113.77/tcp/31330", "/ip4/192.168.178.100/tcp/31330"),
-        queue_ms=round(rng.uniform(0, 9), 3),
-        prefill_ms=round(rng.uniform(1, 9), 3),
-        round_trips=tuple(
-            RoundTripTo(peer=rng.randbytes(8), ms=round(rng.uniform(1, 200), 2)) for _ in range(4)
-        ),
-    ).encode()

@@ -67,11 +67,14 @@ def check(data: bytes) -> None:
             memory.begin(now)
         elif step[2] % 4 == 1:
             try:
-                memory.on_list(holder, decode_rows(data[start:][: step[3] * 7]), now=now)
+                memory.on_list(
+                    holder, decode_rows(data[start:][: step[3] * 7]), now=now, wall_now=now
+                )
             except RemoteProtocolError:
                 continue
         else:
-            memory.on_list(holder, decode_rows(encode_rows(make_rows(step))), now=now)
+            rows = decode_rows(encode_rows(make_rows(step)))
+            memory.on_list(holder, rows, now=now, wall_now=now)
             fetch(memory, holder, step, now)
         check_belief(memory, now)
 

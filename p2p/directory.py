@@ -285,11 +285,12 @@ class Directory:
             scope.deadline = min(scope.deadline, trio.current_time() + GRACE_S)
 
     def _read_own(self, memory: KeyMemory) -> None:
-        now, own = self._clock(), self._network.peer
-        memory.on_list(own, self._store.list_rows(memory.key, now=now), now=now)
+        now, wall_now, own = self._clock(), self._wall_clock(), self._network.peer
+        rows = self._store.list_rows(memory.key, now=now)
+        memory.on_list(own, rows, now=now, wall_now=wall_now)
         while claimed := memory.claim(own):
             records = self._store.get(memory.key, now=now, peers=claimed)
-            memory.on_records(own, claimed, records, now=now, wall_now=self._wall_clock())
+            memory.on_records(own, claimed, records, now=now, wall_now=wall_now)
 
     async def _read_from(self, reading: _Reading, holder: str) -> None:
         memory = reading.memory
@@ -297,7 +298,7 @@ class Directory:
         async with MessageStream(stream, max_frame_bytes=MAX_FRAME_BYTES) as messages:
             await messages.send(ListRecords(key=memory.key))
             rows = decode_rows(expect(await _receive(messages), RecordList).rows)
-            memory.on_list(holder, rows, now=self._clock())
+            memory.on_list(holder, rows, now=self._clock(), wall_now=self._wall_clock())
             while True:
                 claimed = memory.claim(holder)
                 if claimed:

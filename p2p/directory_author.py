@@ -76,6 +76,8 @@ class Author:
             if own.number < number <= MAX_BEATS:
                 own.number = number
                 return own
+        if own is not None:  # the clock that the sequence is of may have been set back
+            sequence = max(sequence, own.record.sequence + 1)
         own = self._own[key] = self._sign_record(key, body, ttl_s, sequence, wall_now)
         return own
 

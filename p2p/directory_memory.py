@@ -30,8 +30,15 @@ only after authors had last looked who is near."""
 FADING_S = 12.0
 """Before a record expires; readers look every 11 s or so."""
 
-MOST_MISSING = 2
-"""Records that may be gone between a holder's list and their being fetched from it."""
+ALL_ASKED_S = 20.0
+"""After all holders were asked nobody that lives can fade for so long: one of them told its beat,
+which was a period of announcements old at most. So whoever makes records fade, by letting many
+identities die, makes readers ask eight holders in this time and not at each look."""
+
+MOST_MISSING = 8
+MOST_MISSING_PART = 1 / 2
+"""Of the records that are fetched from a holder, those it may not have any more: some expire, and
+an author can make that more, which is not to be held against the holder."""
 
 
 @dataclass(slots=True)
@@ -94,9 +101,10 @@ class KeyMemory:
         self._expected: Mapping[bytes, float] = {}
         self._refused: dict[bytes, int] = {}
         self._under_way: set[bytes] = set()
-        self._now = 0.0
+        self._now = self._wall_now = 0.0
         self._read_at: float | None = None
         self._is_cold = True
+        self._all_asked_at = -ALL_ASKED_S
 
     def begin(self, now: float, expected: Mapping[bytes, float] | None = None) -> None:
         """A read begins: forgets what the one before left, and whoever is long dead.
@@ -121,17 +129,17 @@ class KeyMemory:
             if now - one.heard_at > 2 * CLOCK_SKEW_S + one.record.ttl_s:
                 del self._known[digest]
 
-    def on_list(self, holder: str, rows: Sequence[Row], *, now: float) -> None:
+    def on_list(self, holder: str, rows: Sequence[Row], *, now: float, wall_now: float) -> None:
         """Takes a holder's list."""
-        self._now = now
+        self._now, self._wall_now = now, wall_now
         wanted: dict[bytes, Row] = {}
         for row in rows[:MAX_ROWS]:
             known = self._known.get(row.peer)
             if known is None or row.sequence > known.record.sequence:
                 if row.sequence > self._refused.get(row.peer, -1):
                     wanted[row.peer] = row
-            elif not self._take_beat(known, row, now):
-                self.liars.add(holder)
+            else:
+                self._take_beat(known, row)
         self._lists[holder] = frozenset(row.peer for row in rows[:MAX_ROWS])
         self._wanted[holder] = wanted
 
@@ -169,7 +177,7 @@ class KeyMemory:
         At the first one that cannot be true, the rest of them and all else that the holder listed
         is passed over: each costs a check of a signature.
         """
-        self._now = now
+        self._now, self._wall_now = now, wall_now
         asked = set(claimed)
         listed = self._wanted[holder]
         for record in records:
@@ -178,10 +186,10 @@ class KeyMemory:
                 self._convict(holder)
                 break
             asked.discard(digest)
-            if not self._take_record(record, listed[digest], now, wall_now):
+            if not self._take_record(record, listed[digest], now):
                 self._convict(holder)
                 break
-        if len(asked) > max(MOST_MISSING, len(claimed) * MOST_LACKING):
+        if len(asked) > max(MOST_MISSING, len(claimed) * MOST_MISSING_PART):
             self._convict(holder)
         self.release(holder, claimed)
 
@@ -197,7 +205,13 @@ class KeyMemory:
         good = sum(not self._is_lacking(holder, living.keys()) for holder in self._lists)
         if good < (2 if self._is_cold else 1) or any(map(self._open, self._lists)):
             return False
-        return all(until - now > FADING_S for until in living.values())
+        return now - self._all_asked_at < ALL_ASKED_S or not any(
+            until - now < FADING_S for until in living.values()
+        )
+
+    def on_all_asked(self, now: float) -> None:
+        """Nobody is left to ask at this read."""
+        self._all_asked_at = now
 
     def find_bad(self, holders: Iterable[str], now: float) -> list[str]:
         """Those that did not answer, lied, or lack much of what lives."""
@@ -221,7 +235,9 @@ class KeyMemory:
     def _to_be_listed(self, now: float) -> dict[bytes, float]:
         """Until when each lives that a holder should know."""
         until = dict(self._expected)
-        until.update((digest, one.expires_at) for digest, one in self._known.items())
+        for digest, one in self._known.items():
+            if one.record.ttl_s > 2 * FADING_S:  # others are not for long, and fade at once
+                until[digest] = one.expires_at
         return {digest: at for digest, at in until.items() if at > now}
 
     def _is_lacking(self, holder: str, living: Set[bytes]) -> bool:
@@ -238,29 +254,32 @@ class KeyMemory:
             known = self._known.get(digest)
             if known is not None and known.record.sequence >= row.sequence:
                 del wanted[digest]
-                self._take_beat(known, row, self._now)
+                self._take_beat(known, row)
         return list(wanted)
 
     def _convict(self, holder: str) -> None:
         self.liars.add(holder)
         self._wanted[holder] = {}
 
-    @staticmethod
-    def _take_beat(known: Known, row: Row, now: float) -> bool:
-        """Takes what a list says of a record that is known; false where it is a lie."""
+    def _take_beat(self, known: Known, row: Row) -> None:
+        """Takes what a list says of a record that is known.
+
+        A beat that is of another chain is passed over, and is not held against the holder: the
+        author may have told it another record under the same number.
+        """
+        now = self._now
         if row.sequence != known.record.sequence:
-            return True
+            return
         if row.number > known.number:
-            if not is_beat(row.beat, row.number, known.beat, known.number):
-                return False
-            known.number, known.beat, known.heard_at = row.number, row.beat, now
-            known.arrived_at = max(known.arrived_at, now - row.age_s)
+            is_true = is_beat(row.beat, row.number, known.beat, known.number)
+            if is_true and self._is_of_now(known.record, row.number):
+                known.number, known.beat, known.heard_at = row.number, row.beat, now
+                known.arrived_at = max(known.arrived_at, now - row.age_s)
         elif row.number == known.number:
             youngest = min(now - row.age_s, known.heard_at)
             known.arrived_at = max(known.arrived_at, youngest)
-        return True
 
-    def _take_record(self, record: SignedRecord, row: Row, now: float, wall_now: float) -> bool:
+    def _take_record(self, record: SignedRecord, row: Row, now: float) -> bool:
         """Takes a record that a holder listed; false where it is a lie."""
         if record.key != self.key or record.sequence < row.sequence:
             return False
@@ -271,8 +290,7 @@ class KeyMemory:
                 return False
         if not self._is_signed(record):
             return False
-        told_at = record.issued_at + number * BEAT_S
-        if not -CLOCK_SKEW_S <= wall_now - told_at <= record.ttl_s + CLOCK_SKEW_S:
+        if not self._is_of_now(record, number):
             self._refused[row.peer] = record.sequence  # not by the holder's fault, perhaps
             return True
         known = self._known.get(row.peer)
@@ -281,3 +299,8 @@ class KeyMemory:
         if known is None or known.record.sequence < record.sequence:
             self._known[row.peer] = Known(record, number, beat, now - age_s, now)
         return True
+
+    def _is_of_now(self, record: SignedRecord, number: int) -> bool:
+        """Whether a beat was made lately, by its author's clock."""
+        age_s = self._wall_now - record.issued_at - number * BEAT_S
+        return -CLOCK_SKEW_S <= age_s <= record.ttl_s + CLOCK_SKEW_S

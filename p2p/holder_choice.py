@@ -1,6 +1,6 @@
 """Which of a key's holders to ask, and how many at once.
 
-Pure. Under a model's only key all are asked, as there are few records. Of a shard's holders a
+Pure. Under a model's only key all are asked but liars, as there are few records. Of a shard's a
 reader that remembers the shard asks one, drawn anew at each read: what that one withholds, others
 have told shortly before or will tell at the next read. Who did badly is asked last for a while.
 """
@@ -8,7 +8,8 @@ have told shortly before or will tell at the next read. Who did badly is asked l
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from enum import IntEnum
 
 HOLDERS = 8
 """Peers that keep each record: with half of them gone between two announcements, as in the worst
@@ -26,41 +27,53 @@ REMEMBERED_S = 300.0
 MAX_REMEMBERED = 4096
 
 
+class Standing(IntEnum):
+    """How a holder did lately; who did worse is asked later."""
+
+    GOOD = 0
+    LACKING = 1
+    """It did not answer, or withheld."""
+    LIAR = 2
+    """It gave what cannot be true, or not what it listed."""
+
+
 class HolderBook:
     """Which holders did badly lately."""
 
     def __init__(self) -> None:
-        self._bad_since: dict[str, float] = {}
+        self._bad: dict[str, tuple[Standing, float]] = {}
 
-    def note(self, good: Iterable[str], bad: Iterable[str], now: float) -> None:
-        """How holders did: the bad ones did not answer, lied, or withheld."""
-        for holder in good:
-            self._bad_since.pop(holder, None)
-        for holder in bad:
-            if len(self._bad_since) >= MAX_REMEMBERED:
-                del self._bad_since[next(iter(self._bad_since))]
-            self._bad_since.pop(holder, None)
-            self._bad_since[holder] = now
+    def note(self, holder: str, standing: Standing, now: float) -> None:
+        """How a holder did now."""
+        self._bad.pop(holder, None)
+        if standing == Standing.GOOD:
+            return
+        if len(self._bad) >= MAX_REMEMBERED:
+            del self._bad[next(iter(self._bad))]
+        self._bad[holder] = standing, now
+
+    def standing(self, holder: str, now: float) -> Standing:
+        """How a holder did when it was asked last."""
+        standing, at = self._bad.get(holder, (Standing.GOOD, now))
+        return standing if now - at < REMEMBERED_S else Standing.GOOD
 
     def order(self, holders: Sequence[str], now: float, *, rng: random.Random) -> list[str]:
-        """In which order to ask: by chance, and who did badly last."""
+        """In which order to ask: by how they did, and then by chance."""
         shuffled = rng.sample(holders, len(holders))
-        return sorted(shuffled, key=lambda holder: self._is_bad(holder, now))
-
-    def _is_bad(self, holder: str, now: float) -> bool:
-        return now - self._bad_since.get(holder, -REMEMBERED_S) < REMEMBERED_S
+        return sorted(shuffled, key=lambda holder: self.standing(holder, now))
 
 
-def asked_at_once(*, is_first: bool, is_cold: bool, is_shard: bool) -> int:
+def asked_at_once(*, is_first: bool, is_cold: bool, is_shard: bool, trusted: int) -> int:
     """How many holders to ask in one round.
 
     Args:
         is_first: whether it is the first round of a read.
         is_cold: whether nothing is remembered of the key.
         is_shard: whether the key is one of several of its model.
+        trusted: holders that are not known as liars.
     """
     if not is_shard:
-        return HOLDERS
+        return (trusted if is_first else 0) or HOLDERS
     if not is_first:
         return MORE_ASKED
     return COLD_ASKED if is_cold else WARM_ASKED

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from p2p.directory_memory import KeyMemory, Known
-from p2p.holder_choice import HolderBook, asked_at_once
+from p2p.holder_choice import HolderBook, Standing, asked_at_once
 from p2p.shards import Sample, Shard, shard_index
 from p2p.wire.directory_messages import MAX_TTL_S, SignedRecord
 
@@ -44,6 +44,7 @@ class KeyRead:
         self._book = book
         self._is_shard = is_shard
         self._queue = book.order(holders, now, rng=rng)
+        self._trusted = sum(book.standing(one, now) != Standing.LIAR for one in holders)
         self._asked: list[str] = []
         self._ended: set[str] = set()
 
@@ -52,10 +53,15 @@ class KeyRead:
         if self._memory.is_enough(now):
             return []
         count = asked_at_once(
-            is_first=not self._asked, is_cold=self._memory.is_cold, is_shard=self._is_shard
+            is_first=not self._asked,
+            is_cold=self._memory.is_cold,
+            is_shard=self._is_shard,
+            trusted=self._trusted,
         )
         wave, self._queue = self._queue[:count], self._queue[count:]
         self._asked += wave
+        if not self._queue:
+            self._memory.on_all_asked(now)
         return wave
 
     def on_end(self, holder: str) -> None:
@@ -65,8 +71,12 @@ class KeyRead:
     def finish(self, now: float) -> None:
         """The read is over: remembers how the holders did."""
         self._memory.finish(now)
-        bad = self._memory.find_bad(self._ended, now)
-        self._book.note(self._ended.difference(bad), bad, now)
+        lacking = set(self._memory.find_bad(self._ended, now))
+        for holder in self._ended:
+            standing = Standing.LACKING if holder in lacking else Standing.GOOD
+            if holder in self._memory.liars:
+                standing = Standing.LIAR
+            self._book.note(holder, standing, now)
 
 
 class ModelMemory:

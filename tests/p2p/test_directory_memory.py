@@ -16,6 +16,7 @@ from p2p.holder_choice import (
     REMEMBERED_S,
     WARM_ASKED,
     HolderBook,
+    Standing,
     asked_at_once,
 )
 from p2p.shards import peer_digest
@@ -59,7 +60,7 @@ def read(
     memory: KeyMemory, holder: str, *told: OwnRecord, now: float, age_s: float = 0.0
 ) -> tuple[bytes, ...]:
     """A whole answer of an honest holder; gives what was fetched."""
-    memory.on_list(holder, [row_of(own, age_s) for own in told], now=now)
+    memory.on_list(holder, [row_of(own, age_s) for own in told], now=now, wall_now=now)
     fetched = memory.claim(holder)
     if fetched:
         records = {peer_digest(own.record.peer): own.record for own in told}
@@ -111,7 +112,7 @@ def test_a_record_is_fetched_from_one_holder_at_a_time():
     memory, own = make_memory(), say(make_author("a"))
     memory.begin(0)
     for holder in ("one", "other"):
-        memory.on_list(holder, [row_of(own)], now=0)
+        memory.on_list(holder, [row_of(own)], now=0, wall_now=0)
     claimed = memory.claim("one")
     assert memory.claim("other") == ()
     assert memory.is_waiting("other")
@@ -163,31 +164,49 @@ def test_the_first_forged_record_ends_what_is_taken_from_a_holder(change):
     memory = make_memory()
     told = [say(make_author(name)) for name in ("a", "c", "d")]
     memory.begin(0)
-    memory.on_list("liar", [row_of(own) for own in told], now=0)
+    memory.on_list("liar", [row_of(own) for own in told], now=0, wall_now=0)
     claimed = memory.claim("liar")
     given = [told[0].record, dataclasses.replace(told[1].record, **change), told[2].record]
     memory.on_records("liar", claimed, given, now=0, wall_now=0)
     assert len(memory.living(0)) == 1
     assert memory.find_bad(["liar"], 0) == ["liar"]
-    memory.on_list("good", [row_of(own) for own in told], now=0)
+    memory.on_list("good", [row_of(own) for own in told], now=0, wall_now=0)
     assert len(memory.claim("good")) == 2
 
 
-def test_a_forged_beat_convicts_its_holder():
+def test_a_beat_of_another_chain_is_passed_over():
     memory, author = make_memory(), make_author("a")
     memory.begin(0)
     read(memory, "one", say(author), now=0)
     forged = dataclasses.replace(row_of(say(author, at=15.0)), number=2)
-    memory.on_list("one", [forged], now=15)
-    assert memory.liars == {"one"}
+    memory.on_list("one", [forged], now=15, wall_now=15)
+    assert memory.liars == set()  # its author may have told the holder another record
     assert bodies(memory, TTL_S) == []
+
+
+def test_a_beat_that_was_held_back_for_long_revives_nobody():
+    memory, author = make_memory(), make_author("a")
+    memory.begin(0)
+    read(memory, "one", say(author), now=0)
+    own = say(author, at=15.0)
+    late = 15 + TTL_S + CLOCK_SKEW_S + 1
+    memory.begin(late)
+    read(memory, "liar", own, now=late)
+    assert bodies(memory, late) == []
+
+
+def test_a_clock_that_is_set_back_does_not_silence_an_author():
+    author = make_author("a")
+    first = say(author, at=1000.0, sequence=1_000_000)
+    again = say(author, at=900.0, sequence=900_000)
+    assert again.record.sequence == first.record.sequence + 1
 
 
 def test_who_lists_and_does_not_give_is_asked_last():
     memory = make_memory()
     told = [say(make_author(str(number))) for number in range(40)]
     memory.begin(0)
-    memory.on_list("liar", [row_of(own) for own in told], now=0)
+    memory.on_list("liar", [row_of(own) for own in told], now=0, wall_now=0)
     memory.on_records("liar", memory.claim("liar"), [], now=0, wall_now=0)
     assert not memory.claim("liar")
     assert memory.find_bad(["liar"], 0) == ["liar"]
@@ -238,6 +257,8 @@ def test_nobody_is_forgotten_before_all_were_asked():
         assert memory.is_enough(now) == (now < TTL_S - FADING_S)
         memory.finish(now)
     assert len(memory.living(44)) == 40
+    memory.on_all_asked(44)
+    assert memory.is_enough(44)
 
 
 def test_a_flood_has_a_bound():
@@ -247,7 +268,7 @@ def test_a_flood_has_a_bound():
         memory.begin(number)
         records = [make_flood(rng.randbytes(8).hex()) for _ in range(MAX_ROWS + 50)]
         rows = [Row(peer_digest(one.peer), 1, 0, 0.0, one.beat) for one in records]
-        memory.on_list("flooder", rows, now=number)
+        memory.on_list("flooder", rows, now=number, wall_now=number)
         while claimed := memory.claim("flooder"):
             given = [one for one in records if peer_digest(one.peer) in claimed]
             memory.on_records("flooder", claimed, given, now=number, wall_now=number)
@@ -270,18 +291,21 @@ def make_flood(peer: str) -> SignedRecord:
 def test_who_did_badly_is_asked_last_for_a_while():
     book, rng = HolderBook(), random.Random(0)
     holders = [str(number) for number in range(HOLDERS)]
-    book.note([], ["1", "3", "5"], 0.0)
-    book.note(["1"], [], 0.0)
-    assert set(book.order(holders, 1.0, rng=rng)[-2:]) == {"3", "5"}
+    for holder, standing in {"1": Standing.LIAR, "3": Standing.LACKING, "5": Standing.LIAR}.items():
+        book.note(holder, standing, 0.0)
+    book.note("1", Standing.GOOD, 0.0)
+    assert book.order(holders, 1.0, rng=rng)[-2:] == ["3", "5"]
     firsts = {book.order(holders, REMEMBERED_S, rng=rng)[0] for _ in range(200)}
     assert firsts == set(holders)
 
 
-def test_how_many_are_asked():
-    def asked(is_shard: bool, is_first: bool, is_cold: bool) -> int:
-        return asked_at_once(is_shard=is_shard, is_first=is_first, is_cold=is_cold)
+def test_how_many_are_asked() -> None:
+    def asked(is_shard: bool, is_first: bool, is_cold: bool, trusted: int = HOLDERS) -> int:
+        return asked_at_once(is_shard=is_shard, is_first=is_first, is_cold=is_cold, trusted=trusted)
 
     assert asked(False, True, True) == asked(False, True, False) == HOLDERS
+    assert asked(False, True, True, trusted=5) == 5
+    assert asked(False, True, True, trusted=0) == asked(False, False, True, trusted=5) == HOLDERS
     assert asked(True, True, True) == COLD_ASKED
     assert asked(True, True, False) == WARM_ASKED
     assert BEAT_S < 12

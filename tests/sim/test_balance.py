@@ -96,7 +96,7 @@ class FreeServer:
         rng = random.Random(self.swarm.rng.random())
         network = self.network
         clock = trio.current_time
-        directory = Directory(network, wall_clock=clock)
+        directory = Directory(network, wall_clock=clock, rng=random.Random(network.peer))
         router = Router(network, directory, RouteConfig())
         template = Announcement(
             model=MODEL.fingerprint,
@@ -216,7 +216,10 @@ class FreeSwarm:
         """An app that generates, for as long as it is let, and checks what it gets."""
         rng = random.Random(number)
         network = self.hub.make_network(f"client {number}")
-        router = Router(network, Directory(network, wall_clock=trio.current_time), RouteConfig())
+        directory = Directory(
+            network, wall_clock=trio.current_time, rng=random.Random(network.peer)
+        )
+        router = Router(network, directory, RouteConfig())
         while True:
             prompt = [rng.randrange(1000) for _ in range(rng.randint(4, 40))]
             count = rng.randint(20, 200)

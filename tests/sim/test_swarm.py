@@ -63,7 +63,11 @@ class SimulatedServer:
 
     async def run(self) -> None:
         self.server.start()
-        directory = Directory(self.network, wall_clock=trio.current_time)
+        directory = Directory(
+            self.network,
+            wall_clock=trio.current_time,
+            rng=random.Random(self.network.peer),
+        )
         self.announcer = Announcer(
             directory, self.describe, rng=self.swarm.rng, wall_clock=trio.current_time
         )
@@ -121,7 +125,9 @@ class SimulatedSwarm:
         rng = random.Random(number)
         await trio.sleep(rng.uniform(3, 20))
         network = self.hub.make_network(f"client {number}")
-        directory = Directory(network, wall_clock=trio.current_time)
+        directory = Directory(
+            network, wall_clock=trio.current_time, rng=random.Random(network.peer)
+        )
         # What is rounded on a slow link would be other numbers here.
         router = Router(network, directory, RouteConfig(codec="raw"))
         for _ in range(3):
