@@ -37,11 +37,11 @@ RENEW_S = 300.0
 """What is not worth telling is told after so long: round trips, and times that crept."""
 
 TIME_RATIO = 1.25
-"""A step's or a token's time, and the wait for the device, that others should know of: a choice
-of a chain errs by a quarter of one hop."""
+"""A step's or a token's time, the wait for the device and that for the link, that others should
+know of: a choice of a chain errs by a quarter of one hop."""
 
-QUEUE_MS = 5.0
-"""Of waiting, on both sides of `TIME_RATIO`: less is nothing beside a step."""
+WAIT_MS = 5.0
+"""Of both waits, on both sides of `TIME_RATIO`: less is nothing beside a step."""
 
 CACHE_RATIO = 2.0
 CACHE_PART = 1 / 8
@@ -55,6 +55,7 @@ def is_worth_telling(told: Announcement, said: Announcement) -> bool:
         step_ms=told.step_ms,
         prefill_ms=told.prefill_ms,
         queue_ms=told.queue_ms,
+        send_ms=told.send_ms,
         free_cache_tokens=told.free_cache_tokens,
         round_trips=told.round_trips,
     )
@@ -64,7 +65,8 @@ def is_worth_telling(told: Announcement, said: Announcement) -> bool:
     return (
         _ratio(said.step_ms, told.step_ms) > TIME_RATIO
         or _ratio(said.prefill_ms, told.prefill_ms) > TIME_RATIO
-        or _ratio(said.queue_ms + QUEUE_MS, told.queue_ms + QUEUE_MS) > TIME_RATIO
+        or _ratio(said.queue_ms + WAIT_MS, told.queue_ms + WAIT_MS) > TIME_RATIO
+        or _ratio(said.send_ms + WAIT_MS, told.send_ms + WAIT_MS) > TIME_RATIO
         or _ratio(free, told_free) > CACHE_RATIO
         or abs(free - told_free) > CACHE_PART * said.cache_tokens
     )

@@ -43,6 +43,8 @@ SAID = Announcement(
         ({"prefill_ms": 1.5}, True),
         ({"prefill_ms": 0.0}, True),
         ({"queue_ms": 3.0}, True),
+        ({"send_ms": 1.2}, False),
+        ({"send_ms": 2.0}, True),
         ({"free_cache_tokens": 2900}, True),
         ({"free_cache_tokens": 0}, True),
         ({"state": ServerState.LEAVING}, True),
