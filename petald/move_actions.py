@@ -63,6 +63,9 @@ class MoveSettings:
             without knowing of the others are less than what is needed.
         look_s: between a claim and the first look at whether another was before it.
         drain_s: the cost of any move, as time of the server: sessions move to others.
+        young_s: when it has been there for so long, a server has all the sessions that it will; one
+            that has just joined has few, and it is the one that should move. In a swarm that has
+            just started that is everybody.
         scarcity: by so many times more, for each move that is spent ahead of the hourly ones: a
             server that has just moved had better leave the next move to others.
         load_block_s: to load one block, of those that are new; also a cost.
@@ -81,10 +84,11 @@ class MoveSettings:
     known_s: float = 45.0
     urgent_known_s: float = 10.0
     suppress_s: float = 3.0
-    haste: float = 12.0
+    haste: float = 20.0
     look_s: float = 10.0
-    drain_s: float = 15.0
-    scarcity: float = 16.0
+    drain_s: float = 160.0
+    young_s: float = 3600.0
+    scarcity: float = 2.0
     load_block_s: float = 5.0
     foresight_s: float = 300.0
     min_gain: float = 0.03

@@ -120,7 +120,7 @@ class MovePlanner:
         self._claimed_at = now
         self._known_at = math.inf
         self._until = math.inf
-        self._rested_at = now
+        self._joined_at = self._rested_at = now
         self._spent_until = now
         self._forgone_s = 0.0
         self._looked_at = now
@@ -380,6 +380,7 @@ class MovePlanner:
         kept_WS = np.minimum(starts + lengths, end) - np.maximum(starts, start)
         new_WS = lengths - np.maximum(kept_WS, 0)
         ahead = max(0.0, self._spent_until - now) / 3600.0 * settings.hourly
-        drain_s = settings.drain_s * (1.0 + settings.scarcity * ahead)
+        grown = min(1.0, (now - self._joined_at) / settings.young_s)
+        drain_s = settings.drain_s * grown * (1.0 + settings.scarcity * ahead)
         cost_WS: Floats = drain_s + settings.load_block_s * new_WS
         return cost_WS
