@@ -15,6 +15,7 @@ serve at that time: what is still being loaded counts in neither):
 joined     the ratio in the last minute before the churn
 churn      its mean over the time of churn, and its median over samples of every 5 s
 memory     what of the mean could be reached at best, for want of memory on quick servers
+hops       that a chain has, if each server is in as many as it has steps to give
 gaps       the part of the time of churn in which some block had no server
 moves      of a server in an hour of churn: in the median and the mean over those that were there
            for half an hour of it at least, urgent ones included; and while joining, in the mean
@@ -33,9 +34,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs as a file, from anywhere
 
+import numpy as np
+
 from benchmarks.report import describe_machine, spread, write_results
+from benchmarks.swarm_sim_directory import Views
 from benchmarks.swarm_sim_rules import RULES
-from benchmarks.swarm_sim_world import SimServer, SimSettings, World, memory_bound
+from benchmarks.swarm_sim_world import BLOCKS, SimServer, SimSettings, World, memory_bound
 
 AIM_JOINED, AIM_CHURN = 0.95, 0.90
 LEAST_STAY_S = 1800.0
@@ -49,6 +53,7 @@ class Outcome:
 
     joined: float
     memory: float
+    hops: float
     join_moves: float
     churn_mean: float | None
     churn_median: float | None
@@ -73,6 +78,7 @@ def simulate(rule: str, settings: SimSettings) -> Outcome:
     return Outcome(
         joined=statistics.median(joined),
         memory=memory_bound(first),
+        hops=mean_hops(world.servers),
         join_moves=statistics.mean(moves),
         churn_mean=statistics.mean(one.ratio for one in churn) if churn else None,
         churn_median=statistics.median(one.ratio for one in churn) if churn else None,
@@ -81,6 +87,17 @@ def simulate(rule: str, settings: SimSettings) -> Outcome:
         moves_mean=statistics.mean(rates) if rates else None,
         wall_s=time.perf_counter() - began,
     )
+
+
+def mean_hops(servers: Sequence[SimServer]) -> float:
+    """Servers that a chain crosses, if it takes each as often as it does steps."""
+    throughput_L, hops_L = np.zeros(BLOCKS), np.zeros(BLOCKS)
+    for server in servers:
+        if server.is_alive and server.span is not None:
+            start, end = server.span
+            throughput_L[start:end] += server.speed / (end - start)
+            hops_L[start:end] += server.speed / (end - start) ** 2
+    return float((hops_L / np.maximum(throughput_L, 1e-9)).sum())
 
 
 def move_rates(servers: Sequence[SimServer], start: float, end: float) -> list[float]:
@@ -101,7 +118,7 @@ def _simulate(task: tuple[str, SimSettings]) -> Outcome:
 
 def print_table(rule: str, outcomes: dict[int, list[Outcome]]) -> None:
     print(f"\n{rule}")
-    names = ["joined", "churn_mean", "churn_median", "memory", "gaps"]
+    names = ["joined", "churn_mean", "churn_median", "memory", "gaps", "hops"]
     names += ["moves_median", "moves_mean", "join_moves"]
     print(f"{'servers':>8} {'n':>6}" + "".join(f" {name:>22}" for name in names))
     for size, runs in outcomes.items():
@@ -120,7 +137,9 @@ def make_tasks(args: argparse.Namespace, rule: str) -> list[tuple[str, SimSettin
         if rule == "ancestor" and size > args.ancestor_size:
             continue
         for seed in range(seeds):
-            settings = SimSettings(servers=size, seed=seed, crashes=args.crashes)
+            settings = SimSettings(
+                servers=size, seed=seed, crashes=args.crashes, views=Views(args.views)
+            )
             if size >= LARGE:
                 settings = replace(settings, settle_s=LARGE_SETTLE_S)
             has_churn = size < LARGE or seed < args.churn_seeds
@@ -137,6 +156,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hours", type=float, default=1.0, help="of churn")
     parser.add_argument("--crashes", type=float, default=0.5, help="of those that go")
+    parser.add_argument("--views", choices=[*Views], default=Views.KIN, help="of large swarms")
     parser.add_argument("--churn-seeds", type=int, default=1, help="of them, from 1000 servers on")
     parser.add_argument("--ancestor-seeds", type=int, default=1)
     parser.add_argument("--ancestor-size", type=int, default=1000, help="its largest swarm")

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import numpy as np
 
-from benchmarks.swarm_sim_directory import Said, SimDirectory, Span
+from benchmarks.swarm_sim_directory import Said, SimDirectory, Span, Views
 from petald.block_load import Capacity
 
 BLOCKS = 80
@@ -49,6 +49,7 @@ class SimSettings:
         churn_s: for how long servers are replaced.
         replaced_per_hour: the part of them that is.
         crashes: of those that go, the part that does not say so.
+        views: what a server sees of a large swarm.
     """
 
     servers: int
@@ -58,6 +59,7 @@ class SimSettings:
     churn_s: float = 3600.0
     replaced_per_hour: float = 1 / 3
     crashes: float = 0.5
+    views: Views = Views.KIN
 
 
 @dataclass(slots=True, eq=False)
@@ -119,7 +121,7 @@ class World:
         self.settings = settings
         self.rng = random.Random(f"{settings.servers} {settings.seed}")
         self.now = 0.0
-        self.directory = SimDirectory(BLOCKS, SPEED_SPREAD**0.5)
+        self.directory = SimDirectory(BLOCKS, SPEED_SPREAD**0.5, settings.views)
         self.servers: list[SimServer] = []
         self.throughput_L = np.zeros(BLOCKS)
         self.covering_L = np.zeros(BLOCKS, np.int64)

@@ -138,6 +138,11 @@ class MovePlanner:
         return None if is_free else self._target
 
     @property
+    def is_urgent(self) -> bool:
+        """Whether a claim stands on blocks that nobody serves."""
+        return self._is_urgent and self.claim is not None
+
+    @property
     def state(self) -> MoveState:
         """Where a move stands."""
         return self._state

@@ -44,6 +44,10 @@ LOSS = 0.014
 its place yet: some 150 s (until it is forgotten, and others have looked, claimed and loaded) of
 three hours that a server stays where a third is replaced in an hour."""
 
+HOP = 0.5
+"""What each message costs, in time of a block: the server that handles it has so much less to give,
+and the job waits for its way. Without this, spans in large swarms shrink to one or two blocks."""
+
 LONE_RUN = 4.0
 """A server that is alone on blocks is so on about this many: half of a middling span. The loss of
 one such server is the loss of all that the swarm does."""
@@ -102,8 +106,9 @@ def score_spans(load: BlockLoad, capacity: Capacity) -> SpanScores:
     return SpanScores(
         worth_WS=(need_WS / num_blocks) ** (-1 / POWER)
         - FLOOR
-        - LOSS * _hole(speed / bound, lengths, num_blocks)[:, None]
-        - LOSS / LONE_RUN * lone_WS,
+        - load.share * LOSS * _hole(speed / bound, lengths, num_blocks)[:, None]
+        - load.share * LOSS / LONE_RUN * lone_WS
+        - HOP * speed / total / lengths[:, None],
         newly_covered_WS=empty_WS,
         is_possible_WS=is_possible_WS,
         share=speed / total,
@@ -131,8 +136,9 @@ def gain_limit(load: BlockLoad, capacity: Capacity, span: tuple[int, int]) -> fl
     planned_L = load.planned_L.copy()
     planned_L[start:end] += 1
     lone = np.count_nonzero(planned_L == 1) / LONE_RUN
-    risk = LOSS * (own_hole - least_hole + lone) / share
-    return float(slope_L.max() - slope_L[start:end].mean() + risk)
+    risk = load.share * LOSS * (own_hole - least_hole + lone) / share
+    hops = HOP * (1 / lengths[0] - 1 / lengths[1])
+    return float(slope_L.max() - slope_L[start:end].mean() + risk + hops)
 
 
 def _hole(relative_speed: float, lengths: Floats, num_blocks: int) -> Floats:

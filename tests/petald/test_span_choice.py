@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from petald.block_load import Capacity, read_load
 from petald.span_choice import AS_GOOD, ModelOffer, choose_model, choose_span
-from petald.span_scores import FLOOR, LONE_RUN, LOSS, POWER, gain_limit, score_spans
+from petald.span_scores import FLOOR, HOP, LONE_RUN, LOSS, POWER, gain_limit, score_spans
 from tests.helpers.placement_world import announcement, load_of, view_of
 
 spans = st.tuples(st.integers(0, 9), st.integers(1, 5), st.floats(0.1, 10.0)).map(
@@ -42,7 +42,8 @@ def plain_worth(
         sum(one[0] <= block < one[1] for one in [*swarm, own]) for block in range(num_blocks)
     ]
     risk = LOSS * (hole + servers.count(1) / LONE_RUN)
-    return power_mean([one / mean for one in throughput]) - risk
+    hops = HOP * speed / sum(throughput) / (end - start)
+    return power_mean([one / mean for one in throughput]) - risk - hops
 
 
 def typical_speed(swarm: list[tuple[int, int, float]]) -> float:
@@ -97,7 +98,7 @@ def test_the_least_covered_blocks_are_taken() -> None:
 
 
 def test_fewer_blocks_than_fit_are_taken_where_that_balances() -> None:
-    load = load_of(8, *[(0, 3)] * 4, *[(3, 5)] * 2, *[(5, 8)] * 4)
+    load = load_of(8, *[(0, 3)] * 6, *[(3, 5)] * 3, *[(5, 8)] * 6)
     chosen = choose_span(load, Capacity(fit=8, block_steps_per_s=1.0), rng=random.Random(0))
     assert chosen == (3, 5)
 
