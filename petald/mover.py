@@ -18,9 +18,10 @@ from kernels.errors import KernelError
 from p2p.errors import P2PError
 from p2p.network import Network
 from petald.announcer import Announcer
-from petald.block_load import Capacity, read_load
+from petald.block_load import BlockLoad, Capacity, confirm_gaps, read_load, wants_whole
 from petald.errors import PetaldError
 from petald.hosting import Hosting
+from petald.kin import view_kin
 from petald.log import get_logger
 from petald.move_actions import (
     FinishMove,
@@ -43,6 +44,10 @@ LOOK_S = 8.0
 LOOK_SERVER_S = 0.005
 MOST_LOOK_S = 60.0
 """For each server of a large one a view takes longer to read, and one death matters less."""
+
+WHOLE_AGE_S = 120.0
+"""All servers of a large swarm are read no more often than that where the own kin cannot cover the
+model and others do. Of 10,000 it is some 6 MB."""
 
 FEW_SERVERS = 2
 MAX_PINGED = 32
@@ -115,12 +120,11 @@ class Mover:
                     continue
                 now = trio.current_time()
                 try:
-                    view = await self._read_view()
+                    load = await self._read_load()
                 except (P2PError, PetaldError) as error:
                     log.debug("no view to move by", reason=str(error))
                     continue
                 self._measure()
-                load = read_load(view, own=self._network.peer)
                 for action in self._planner.on_load(load, now):
                     await self._carry_out(action, nursery)
 
@@ -201,9 +205,25 @@ class Mover:
 
     # What is known of the others.
 
+    async def _read_load(self) -> BlockLoad:
+        """What is decided by: of a large swarm the kin, and all of it where those lack blocks."""
+        own, is_urgent = self._network.peer, self._planner.is_urgent
+        load = read_load(await self._read_view(), own=own)
+        if not wants_whole(load, is_urgent=is_urgent):
+            return load
+        whole = await self._read_whole(max_age_s=0.0 if is_urgent else WHOLE_AGE_S)
+        if whole.has_gap and not is_urgent:  # it may have been mended since
+            whole = await self._read_whole(max_age_s=0.0)
+        return confirm_gaps(load, whole, is_urgent=is_urgent)
+
+    async def _read_whole(self, *, max_age_s: float) -> BlockLoad:
+        view = await self._router.read_view(self._serving.identity, max_age_s=max_age_s, whole=True)
+        return read_load(view, own=self._network.peer)
+
     async def _read_view(self) -> SwarmView:
-        """The view, without those that do not answer though much depends on them."""
+        """The view of the kin, without those that do not answer though much depends on them."""
         view = await self._router.read_view(self._serving.identity, max_age_s=0.0)
+        view = view_kin(view, self._network.peer)
         self._servers = len(view.servers)
         asked = self._find_vital(view)
         async with trio.open_nursery() as nursery:
@@ -237,7 +257,7 @@ class Mover:
             or (
                 server.announcement.state != ServerState.LEAVING
                 and server.peer != self._network.peer
-                and min(coverage[server.start : server.end]) <= FEW_SERVERS
+                and min(coverage[server.start : server.end]) <= FEW_SERVERS * view.share
             )
         ]
         return vital if len(vital) <= MAX_PINGED else self._rng.sample(vital, MAX_PINGED)

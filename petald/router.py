@@ -116,8 +116,16 @@ class Router:
         kind, codec = self._config.replay, self._config.codec
         return kind == "exact" or (kind == "auto" and codec not in (AUTO, RAW))
 
-    async def read_view(self, model: ModelIdentity, *, max_age_s: float = VIEW_AGE_S) -> SwarmView:
-        """The swarm view of a model, at most so old."""
+    async def read_view(
+        self, model: ModelIdentity, *, max_age_s: float = VIEW_AGE_S, whole: bool = False
+    ) -> SwarmView:
+        """The swarm view of a model, at most so old.
+
+        Args:
+            model: whose servers.
+            max_age_s: of what was read before and will do.
+            whole: of all servers, however many there are; otherwise it may be a sample.
+        """
         known = self._views.get(model.fingerprint)
         if known is not None and trio.current_time() - known[0] <= max_age_s:
             return known[1]

@@ -88,13 +88,15 @@ def choose_model(offers: Mapping[M, ModelOffer], *, rng: random.Random) -> M | N
     fitting = {name: offer for name, offer in offers.items() if offer.capacity.fit > 0}
     if not fitting:
         return None
-    bounds = [float(offer.load.throughput_L.mean()) for offer in fitting.values()]
+    bounds = [
+        float(offer.load.throughput_L.mean()) / offer.load.share for offer in fitting.values()
+    ]
     usual = sum(bounds) / len(bounds)
 
     def need(offer: ModelOffer) -> tuple[float, float]:
         uncovered = float(np.mean(offer.load.planned_L == 0))
         demand = usual if offer.demand is None else offer.demand
-        served = float(offer.load.throughput_L.min())
+        served = float(offer.load.throughput_L.min()) / offer.load.share
         if demand <= 0:
             return -uncovered, float("inf")
         return -uncovered, served / demand

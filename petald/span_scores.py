@@ -44,7 +44,7 @@ LOSS = 0.014
 its place yet: some 150 s (until it is forgotten, and others have looked, claimed and loaded) of
 three hours that a server stays where a third is replaced in an hour."""
 
-HOP = 0.5
+HOP = 0.2
 """What each message costs, in time of a block: the server that handles it has so much less to give,
 and the job waits for its way. Without this, spans in large swarms shrink to one or two blocks."""
 

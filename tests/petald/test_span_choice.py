@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petald.block_load import Capacity, read_load
+from petald.block_load import Capacity, confirm_gaps, read_load, wants_whole
 from petald.span_choice import AS_GOOD, ModelOffer, choose_model, choose_span
 from petald.span_scores import FLOOR, HOP, LONE_RUN, LOSS, POWER, gain_limit, score_spans
 from tests.helpers.placement_world import announcement, load_of, view_of
@@ -175,3 +176,25 @@ def test_the_model_with_uncovered_blocks_comes_first_and_then_the_hungriest() ->
     offers["empty"] = ModelOffer(load=load_of(8), capacity=Capacity(fit=0))
     assert choose_model(offers, rng=rng) == "rich"
     assert choose_model({"empty": offers["empty"]}, rng=rng) is None
+
+
+def test_of_models_a_sampled_one_counts_for_all_its_servers() -> None:
+    load = load_of(4, *[(0, 4)] * 10)
+    sampled, whole = replace(load, share=0.1), load
+    offers = {
+        "sampled": ModelOffer(load=sampled, capacity=Capacity(fit=4), demand=10.0),
+        "whole": ModelOffer(load=whole, capacity=Capacity(fit=4), demand=10.0),
+    }
+    assert {choose_model(offers, rng=random.Random(seed)) for seed in range(9)} == {"whole"}
+
+
+def test_what_a_sample_lacks_is_no_gap_where_others_have_it() -> None:
+    sample = replace(load_of(4, (0, 2)), share=0.1)
+    assert wants_whole(sample)
+    assert not wants_whole(load_of(4, (0, 2)))
+    assert not wants_whole(replace(load_of(4, (0, 4)), share=0.1))
+    assert wants_whole(replace(load_of(4, (0, 4)), share=0.1), is_urgent=True)
+    confirmed = confirm_gaps(sample, load_of(4, (0, 2), (2, 4)))
+    assert (confirmed.share, confirmed.has_gap) == (0.1, False)
+    gap = load_of(4, (0, 2), (2, 3))
+    assert confirm_gaps(sample, gap) is gap

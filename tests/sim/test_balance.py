@@ -8,6 +8,7 @@ by integers, and loading a block by a pause.
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class FreeServer:
             joining,
             capacity,
             peer=network.peer,
-            read_view=lambda: router.read_view(MODEL, max_age_s=0.0),
+            read_view=partial(router.read_view, MODEL, max_age_s=0.0),
             announce=announcer.publish,
             rng=rng,
         )
