@@ -86,13 +86,13 @@ class MoveSettings:
     suppress_s: float = 3.0
     haste: float = 20.0
     look_s: float = 10.0
-    drain_s: float = 160.0
+    drain_s: float = 600.0
     young_s: float = 3600.0
     scarcity: float = 2.0
     load_block_s: float = 5.0
-    foresight_s: float = 300.0
-    min_gain: float = 0.03
-    enough: float = 0.97
+    foresight_s: float = 900.0
+    min_gain: float = 0.02
+    enough: float = 0.98
     rest_s: float = 300.0
     hourly: float = 1.0
     burst: int = 3

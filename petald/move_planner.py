@@ -69,6 +69,9 @@ from petald.swarm import Booleans, Floats
 SPARE, URGENT_SPARE = 1, 2
 """So many other servers must stay on a block that is left."""
 
+YOUTH = 3
+"""A move is free at first, costs an eighth at half of `MoveSettings.young_s`, and then soon all."""
+
 MOST_BETWEEN_LOOKS_S = 60.0
 """A gain counts as forgone for no longer before a look than views are apart: it may be newer."""
 
@@ -386,6 +389,6 @@ class MovePlanner:
         new_WS = lengths - np.maximum(kept_WS, 0)
         ahead = max(0.0, self._spent_until - now) / 3600.0 * settings.hourly
         grown = min(1.0, (now - self._joined_at) / settings.young_s)
-        drain_s = settings.drain_s * grown * (1.0 + settings.scarcity * ahead)
+        drain_s = settings.drain_s * grown**YOUTH * (1.0 + settings.scarcity * ahead)
         cost_WS: Floats = drain_s + settings.load_block_s * new_WS
         return cost_WS
