@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.swarm_sim import Outcome, print_table, simulate
+from benchmarks.swarm_sim import Outcome, print_table, simulate, simulate_strike
 from benchmarks.swarm_sim_directory import Said, SimDirectory, Views
 from benchmarks.swarm_sim_rules import RULES
 from benchmarks.swarm_sim_world import SimSettings, World, memory_bound
@@ -31,9 +31,14 @@ def test_a_swarm_balances_itself_and_stays_covered() -> None:
         assert outcome.joined > 0.88
         assert outcome.churn_mean is not None
         assert outcome.churn_mean > 0.75
-        assert outcome.gaps == 0
+        assert outcome.gap_s == 0
         assert outcome.moves_mean is not None
         assert outcome.moves_mean < 3
+
+
+def test_a_gap_is_closed_in_minutes() -> None:
+    settings = replace(SHORT, servers=60, settle_s=600.0)
+    assert 30.0 < simulate_strike(settings) < 300.0  # for thirty seconds nobody can know
 
 
 def test_a_run_is_repeated_by_its_seed() -> None:
@@ -130,7 +135,8 @@ def test_a_table_leaves_blank_what_was_not_run(capsys: pytest.CaptureFixture[str
         join_moves=0.5,
         churn_mean=None,
         churn_median=None,
-        gaps=None,
+        times=None,
+        gap_s=None,
         moves_median=None,
         moves_mean=None,
         wall_s=1.0,
