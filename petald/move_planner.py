@@ -340,7 +340,8 @@ class MovePlanner:
     def _is_hopeless(self, load: BlockLoad) -> bool:
         """Whether it is plain without looking at any span that none is worth a move."""
         throughput_L = self._with_own(load)
-        if throughput_L.min() >= self._settings.enough * throughput_L.mean():
+        lacking = (1.0 - self._settings.enough) / math.sqrt(load.share)
+        if throughput_L.min() >= (1.0 - lacking) * throughput_L.mean():
             return True
         return gain_limit(load, self._capacity, self._span) <= self._settings.min_gain
 
