@@ -127,6 +127,7 @@ class MovePlanner:
         self._spent_until = now
         self._forgone_s = 0.0
         self._looked_at = now
+        self._considered_at = -math.inf
         self._counts = MoveCounts()
 
     @property
@@ -233,15 +234,16 @@ class MovePlanner:
 
     def _consider(self, load: BlockLoad, now: float) -> None:
         """Waits for another look, if there is a better place now."""
+        since_s = min(now - self._considered_at, MOST_BETWEEN_LOOKS_S)
+        self._considered_at = now
         found = self._choose(load, now)
         if found is None:
             return
         _, self._is_urgent = found
         rivals = load.num_servers
         if not self._is_urgent:
-            if self._rng.random() >= self._settings.haste * (
-                1 / (rivals + 1) + self._missing(load)
-            ):
+            hourly = self._settings.haste * (1 / (rivals + 1) + self._missing(load))
+            if self._rng.random() >= hourly * since_s / 3600.0:
                 return
             rivals = 1
         self._state = MoveState.WAITING

@@ -44,9 +44,13 @@ LOSS = 0.014
 its place yet: some 150 s (until it is forgotten, and others have looked, claimed and loaded) of
 three hours that a server stays where a third is replaced in an hour."""
 
-HOP = 0.35
+HOP = 1.0
 """What each message costs, in time of a block: the server that handles it has so much less to give,
 and the job waits for its way. Without this, spans in large swarms shrink to one or two blocks."""
+
+HOP_SERVERS = 400
+"""In a swarm of so many, half of that: of few servers, spans of all lengths are needed to serve all
+blocks alike."""
 
 LONE = 0.8
 """What a block with one server lacks, in parts of what a mean server contributes: so much may be
@@ -111,7 +115,7 @@ def score_spans(load: BlockLoad, capacity: Capacity) -> SpanScores:
         - FLOOR
         - load.share * LOSS * _hole(speed / bound, lengths, num_blocks)[:, None]
         - load.share * LONE / (load.num_servers + 1) * lone_WS
-        - HOP * speed / total / lengths[:, None],
+        - _hop(load) * speed / total / lengths[:, None],
         newly_covered_WS=empty_WS,
         is_possible_WS=is_possible_WS,
         share=speed / total,
@@ -140,8 +144,13 @@ def gain_limit(load: BlockLoad, capacity: Capacity, span: tuple[int, int]) -> fl
     planned_L[start:end] += 1
     lone = LONE / (load.num_servers + 1) * np.count_nonzero(planned_L == 1)
     risk = load.share * (LOSS * (own_hole - least_hole) + lone) / share
-    hops = HOP * (1 / lengths[0] - 1 / lengths[1])
+    hops = _hop(load) * (1 / lengths[0] - 1 / lengths[1])
     return float(slope_L.max() - slope_L[start:end].mean() + risk + hops)
+
+
+def _hop(load: BlockLoad) -> float:
+    servers = load.num_servers / load.share
+    return HOP * servers / (servers + HOP_SERVERS)
 
 
 def _hole(relative_speed: float, lengths: Floats, num_blocks: int) -> Floats:

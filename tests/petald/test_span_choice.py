@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from petald.block_load import Capacity, confirm_gaps, read_load, wants_whole
 from petald.span_choice import AS_GOOD, ModelOffer, choose_model, choose_span
-from petald.span_scores import FLOOR, HOP, LONE, LOSS, POWER, gain_limit, score_spans
+from petald.span_scores import (
+    FLOOR,
+    HOP,
+    HOP_SERVERS,
+    LONE,
+    LOSS,
+    POWER,
+    gain_limit,
+    score_spans,
+)
 from tests.helpers.placement_world import announcement, load_of, view_of
 
 spans = st.tuples(st.integers(0, 9), st.integers(1, 5), st.floats(0.1, 10.0)).map(
@@ -43,7 +52,8 @@ def plain_worth(
         sum(one[0] <= block < one[1] for one in [*swarm, own]) for block in range(num_blocks)
     ]
     risk = LOSS * hole + LONE / (len(swarm) + 1) * servers.count(1)
-    hops = HOP * speed / sum(throughput) / (end - start)
+    hop = HOP * len(swarm) / (len(swarm) + HOP_SERVERS)
+    hops = hop * speed / sum(throughput) / (end - start)
     return power_mean([one / mean for one in throughput]) - risk - hops
 
 
