@@ -38,7 +38,8 @@ def test_a_swarm_balances_itself_and_stays_covered() -> None:
 
 def test_a_gap_is_closed_in_minutes() -> None:
     settings = replace(SHORT, servers=60, settle_s=600.0)
-    assert 30.0 < simulate_strike(settings) < 300.0  # for thirty seconds nobody can know
+    closed_s = [simulate_strike(replace(settings, seed=seed)) for seed in range(3)]
+    assert 30.0 < max(closed_s) < 200.0  # for thirty seconds nobody can know
 
 
 def test_a_run_is_repeated_by_its_seed() -> None:
