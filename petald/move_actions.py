@@ -74,7 +74,8 @@ class MoveSettings:
             less the gains of all together are not worth their moves.
         enough: where the least-served block has this part of what blocks have in the mean, only
             gaps are a reason to move. It is above what is hoped for under churn, so that there is
-            something to lose until the next move; the last percents would cost most moves.
+            something to lose until the next move; the last percents would cost most moves. What is
+            lacking to it may be more in a sample, by the square root of how many there are.
         rest_s: after a move, until the next one that is not urgent.
         hourly: moves that are not urgent, in an hour, in the long run.
         burst: of them may come in a row; a swarm that has just started needs more.

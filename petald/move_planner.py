@@ -4,7 +4,8 @@ Pure: what others serve goes in with the time, actions come out. A driver does t
 
     wait until `next_deadline()`, or 15 to 60 seconds where there is none
     read the view afresh; ``now`` is the time *before* that reading began
-    carry out what ``on_load(read_load(view, own=peer), now)`` gives
+    carry out what ``on_load(read_load(view, own=peer), now)`` gives; where the view is a sample,
+        of the kin (`petald.kin`), after `petald.block_load.confirm_gaps`
 
 and tells of what became of an action (`on_claimed`, `on_loaded`, `on_moved`, `on_move_failed`).
 While a span is loaded the reading goes on: a `WithdrawClaim` then ends the move.
@@ -342,6 +343,7 @@ class MovePlanner:
     def _is_hopeless(self, load: BlockLoad) -> bool:
         """Whether it is plain without looking at any span that none is worth a move."""
         throughput_L = self._with_own(load)
+        # Of several groups that are read apart, what is lacking evens out where they are added up.
         lacking = (1.0 - self._settings.enough) / math.sqrt(load.share)
         if throughput_L.min() >= (1.0 - lacking) * throughput_L.mean():
             return True

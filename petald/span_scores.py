@@ -16,6 +16,9 @@ So of each span is subtracted what the loss of its server would take from an oth
 times how likely that is: in a small swarm a quick server had better spread over all blocks that it
 fits; in a large one it makes no difference.
 
+And chains are to be short: of each span is subtracted what the handling of a message costs, which
+is spread over its blocks.
+
 Shapes: L blocks, W lengths of a span (row ``n - 1`` is for ``n`` blocks), S first blocks of a span.
 Where a window does not end within the model its entry is of no meaning and never allowed.
 """
@@ -66,7 +69,7 @@ class SpanScores:
 
     Attributes:
         worth_WS: the power mean, in units of the bound, with the server on that span; less what is
-            to be expected of its loss.
+            to be expected of its loss, and what its messages cost.
         newly_covered_WS: how many blocks it would cover that nobody else is to cover.
         is_possible_WS: whether the span lies in the model.
         share: of the server in what the swarm does in all, itself included.
