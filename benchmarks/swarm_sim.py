@@ -191,7 +191,7 @@ def strike_all(args: argparse.Namespace, pool: Any) -> dict[int, list[object]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few small swarms: half a minute")
-    parser.add_argument("--full", action="store_true", help="20 seeds: an hour of two cores")
+    parser.add_argument("--full", action="store_true", help="20 seeds: 40 minutes of two cores")
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 300, 1000, 3000, 10_000])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hours", type=float, default=1.0, help="of churn")
