@@ -57,10 +57,11 @@ blocks alike."""
 
 LONE = 0.8
 """What a block with one server lacks, in parts of what a mean server contributes: so much may be
-given up for a second one. By the expected loss alone (`LOSS`, of all that the swarm does, for some
-four blocks that one server is alone on) it is that of 100 servers, and less of fewer, but jobs that
-stand still are worse than slow ones: with that, 25 to 28 servers, which could hold the model three
-times, had a gap in six of 40 simulated hours of churn, and with this in one."""
+given up for a second one. A block without any lacks that twice: otherwise nobody would take it who
+leaves others with one. The expected loss alone (`LOSS`, of all that the swarm does, for some four
+blocks that one server is alone on) is less than half of that, but jobs that stand still are worse
+than slow ones: with that, 25 to 28 servers, which could hold the model three times, had a gap in
+six of 40 simulated hours of churn, and with this in one to three."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,15 +110,13 @@ def score_spans(load: BlockLoad, capacity: Capacity) -> SpanScores:
     gain_WL = need_L - _need(relative_L + (speed / bound / lengths)[:, None])
     gained_WS = _window_sums(gain_WL, ends_WS)
     need_WS = np.maximum(need_L.sum() - gained_WS, num_blocks * 1e-12)
-    is_lone_L, is_empty_L = load.planned_L == 1, load.planned_L == 0
-    empty_WS = _counts(is_empty_L, ends_WS)
-    lone_WS = np.full_like(empty_WS, is_lone_L.sum())
-    lone_WS += empty_WS - _counts(is_lone_L, ends_WS)
+    empty_WS = _counts(load.planned_L == 0, ends_WS)
+    lacking_WS = np.maximum(2 - load.planned_L, 0).sum() - _counts(load.planned_L < 2, ends_WS)
     return SpanScores(
         worth_WS=(need_WS / num_blocks) ** (-1 / POWER)
         - FLOOR
         - load.share * LOSS * _hole(speed / bound, lengths, num_blocks)[:, None]
-        - load.share * LONE / (load.num_servers + 1) * lone_WS
+        - load.share * LONE / (load.num_servers + 1) * lacking_WS
         - _hop(load) * speed / total / lengths[:, None],
         newly_covered_WS=empty_WS,
         is_possible_WS=is_possible_WS,
@@ -145,7 +144,7 @@ def gain_limit(load: BlockLoad, capacity: Capacity, span: tuple[int, int]) -> fl
     own_hole, least_hole = _hole(speed / bound, lengths, load.num_blocks)
     planned_L = load.planned_L.copy()
     planned_L[start:end] += 1
-    lone = LONE / (load.num_servers + 1) * np.count_nonzero(planned_L == 1)
+    lone = LONE / (load.num_servers + 1) * np.count_nonzero(planned_L < 2)
     risk = load.share * (LOSS * (own_hole - least_hole) + lone) / share
     hops = _hop(load) * (1 / lengths[0] - 1 / lengths[1])
     return float(slope_L.max() - slope_L[start:end].mean() + risk + hops)
