@@ -61,7 +61,7 @@ given up for a second one. A block without any lacks that twice: otherwise nobod
 leaves others with one. The expected loss alone (`LOSS`, of all that the swarm does, for some four
 blocks that one server is alone on) is less than half of that, but jobs that stand still are worse
 than slow ones: with that, 25 to 28 servers, which could hold the model three times, had a gap in
-six of 40 simulated hours of churn, and with this in one to three."""
+six of 40 simulated hours of churn, and with this in one to four."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
