@@ -172,7 +172,7 @@ class World:
         )
 
     def _make_reader(self, server: Server) -> Reader:
-        sample = Sample(server.digest, rng=self.rng)
+        sample = Sample(server.digest)
         memory = ModelMemory(KEY, sample, is_signed=lambda one: one.signature == SIGNATURE)
         return Reader(server, memory)
 
@@ -318,7 +318,7 @@ class World:
         """What a server knows of the swarm's size: what one of the readers does, as of now."""
         sample = self.rng.choice(self.readers).memory.sample
         if sample.servers is None:
-            sample = Sample(server.digest, rng=self.rng)
+            sample = Sample(server.digest)
             sample.servers = float(self.settings.grows_from or len(self.servers))
         return sample
 
@@ -421,7 +421,7 @@ class World:
         if not server.is_alive or server.has_left:
             return
         model = self.rng.choice(self.readers).memory.sample
-        sample = Sample(server.digest, rng=self.rng)
+        sample = Sample(server.digest)
         sample.level = model.level
         share = self._fetched["fetched"] / max(1, self._fetched["listed"])
         shards = sample.shards

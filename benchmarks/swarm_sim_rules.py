@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.swarm_sim_directory import Span
 from benchmarks.swarm_sim_world import BLOCKS, LOOK_S, MakeRule, SimServer, World
+from petald.block_load import BlockLoad, confirm_gaps, wants_whole
 from petald.move_actions import FinishMove, MakeClaim, MoveSettings, StartMove, WithdrawClaim
 from petald.move_planner import MovePlanner
 from petald.span_choice import choose_span
@@ -28,7 +29,16 @@ ANCESTOR_SWEEPS = 10
 
 
 def choose_own(world: World, server: SimServer) -> Span:
-    return choose_span(world.directory.load_for(server.peer), server.capacity, rng=server.rng)
+    return choose_span(read_load(world, server), server.capacity, rng=server.rng)
+
+
+def read_load(world: World, server: SimServer, *, is_urgent: bool = False) -> BlockLoad:
+    """What petald decides by."""
+    load = world.directory.load_for(server.peer)
+    if wants_whole(load, is_urgent=is_urgent):
+        whole = world.directory.load_for(server.peer, whole=True)
+        return confirm_gaps(load, whole, is_urgent=is_urgent)
+    return load
 
 
 class OwnRule:
@@ -58,7 +68,8 @@ class OwnRule:
 
     def on_look(self) -> None:
         world, server, planner = self._world, self._server, self._planner
-        for action in planner.on_load(world.directory.load_for(server.peer), world.now):
+        load = read_load(world, server, is_urgent=planner.is_urgent)
+        for action in planner.on_load(load, world.now):
             match action:
                 case MakeClaim():
                     made_at_ms = int(world.now * 1e3) + self._skew_ms
@@ -94,7 +105,7 @@ def choose_window(throughput_L: Floats, length: int) -> int:
 
 def choose_ancestor(world: World, server: SimServer) -> Span:
     length = min(server.capacity.fit, BLOCKS)
-    start = choose_window(world.directory.load_for(server.peer).throughput_L, length)
+    start = choose_window(world.directory.load_for(server.peer, whole=True).throughput_L, length)
     return start, start + length
 
 
@@ -145,7 +156,7 @@ class AncestorRule:
         world, server = self._world, self._server
         assert server.span is not None
         start, end = server.span
-        others_L = world.directory.load_for(server.peer).throughput_L
+        others_L = world.directory.load_for(server.peer, whole=True).throughput_L
         share = server.speed / (end - start)
         now_L = others_L.copy()
         now_L[start:end] += share

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import numpy as np
 
-from benchmarks.swarm_sim_directory import Said, SimDirectory, Span
+from benchmarks.swarm_sim_directory import Said, SimDirectory, Span, Views
 from petald.block_load import Capacity
 
 BLOCKS = 80
@@ -49,6 +49,8 @@ class SimSettings:
         churn_s: for how long servers are replaced.
         replaced_per_hour: the part of them that is.
         crashes: of those that go, the part that does not say so.
+        views: what a server sees of a large swarm.
+        strike_s: how long after the settling all who hold some block die at once; none: never.
     """
 
     servers: int
@@ -58,6 +60,8 @@ class SimSettings:
     churn_s: float = 3600.0
     replaced_per_hour: float = 1 / 3
     crashes: float = 0.5
+    views: Views = Views.KIN
+    strike_s: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -119,11 +123,14 @@ class World:
         self.settings = settings
         self.rng = random.Random(f"{settings.servers} {settings.seed}")
         self.now = 0.0
-        self.directory = SimDirectory(BLOCKS, SPEED_SPREAD**0.5)
+        self.directory = SimDirectory(BLOCKS, SPEED_SPREAD**0.5, settings.views)
         self.servers: list[SimServer] = []
         self.throughput_L = np.zeros(BLOCKS)
         self.covering_L = np.zeros(BLOCKS, np.int64)
+        self.fit = 0
         self.samples: list[Sample] = []
+        self.gaps: list[tuple[float, float]] = []
+        self._gap_since: float | None = 0.0
         self._choose, self._make_rule = choose, make_rule
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -133,11 +140,15 @@ class World:
         for _ in range(settings.servers):
             self.at(self.rng.uniform(0, settings.join_s), self._join)
         self.at(settings.settle_s, self._begin_churn)
+        if settings.strike_s is not None:
+            self.at(settings.settle_s + settings.strike_s, self._strike)
         self.at(SAMPLE_S, self._sample)
         until = settings.settle_s + settings.churn_s
         while self._heap and self._heap[0][0] <= until:
             self.now, _, do = heapq.heappop(self._heap)
             do()
+        if self._gap_since is not None:
+            self.gaps.append((self._gap_since, until))
 
     def at(self, when: float, do: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (when, next(self._order), do))
@@ -165,6 +176,12 @@ class World:
                 self.throughput_L[start:end] += sign * server.speed / (end - start)
                 self.covering_L[start:end] += sign
         server.span = span
+        if self.covering_L.all():
+            if self._gap_since is not None:
+                self.gaps.append((self._gap_since, self.now))
+            self._gap_since = None
+        elif self._gap_since is None:
+            self._gap_since = self.now
 
     def load(self, server: SimServer, span: Span, kept: Span = (0, 0)) -> None:
         """Loads a span, of which some blocks are there already."""
@@ -206,6 +223,7 @@ class World:
             born_at=self.now,
         )
         self.servers.append(server)
+        self.fit += fit
         self.start_anew(server)
         if self.now >= self.settings.settle_s:
             self._doom(server)
@@ -223,27 +241,41 @@ class World:
         server.rule = self._make_rule(self, server)
         self.schedule_look(server)
 
+    def _strike(self) -> None:
+        """All who serve one block die without a word, and nobody comes instead."""
+        block = self.rng.randrange(BLOCKS)
+        for server in self.servers:
+            span = server.span
+            if server.is_alive and span is not None and span[0] <= block < span[1]:
+                self._die(server, is_crash=True, is_replaced=False)
+
     def _begin_churn(self) -> None:
         for server in self.servers:
             self._doom(server)
 
     def _doom(self, server: SimServer) -> None:
         life_s = self.rng.expovariate(self.settings.replaced_per_hour / 3600)
-        self.at(self.now + life_s, lambda: self._die(server))
 
-    def _die(self, server: SimServer) -> None:
+        def end() -> None:
+            if server.is_alive:
+                self._die(server, is_crash=self.rng.random() < self.settings.crashes)
+
+        self.at(self.now + life_s, end)
+
+    def _die(self, server: SimServer, *, is_crash: bool, is_replaced: bool = True) -> None:
         server.is_alive, server.died_at = False, self.now
+        self.fit -= server.capacity.fit
         self.serve(server, None)
-        is_crash = self.rng.random() < self.settings.crashes
         seen_s = self.rng.uniform(*(EXPIRY_S if is_crash else VISIBLE_S))
         self.at(self.now + seen_s, lambda: self.directory.put(server.peer, None))
-        self.at(self.now + self.rng.uniform(0, 60), self._join)
+        if is_replaced:
+            self.at(self.now + self.rng.uniform(0, 60), self._join)
 
     def _sample(self) -> None:
         total = float(self.throughput_L.sum())
         least = float(self.throughput_L.min()) if self.covering_L.all() else 0.0
-        uncovered = int((self.covering_L == 0).sum())
-        self.samples.append(Sample(self.now, least * BLOCKS / max(total, 1e-9), uncovered))
+        ratio = least * BLOCKS / max(total, 1e-9)
+        self.samples.append(Sample(self.now, ratio, self.fit / BLOCKS))
         self.at(self.now + SAMPLE_S, self._sample)
 
 
@@ -254,12 +286,12 @@ class Sample:
     Attributes:
         at: when.
         ratio: the throughput of the least-served block over the mean of all, of what serves now.
-        uncovered: blocks.
+        times: how many times the servers could hold the model.
     """
 
     at: float
     ratio: float
-    uncovered: int
+    times: float
 
 
 def memory_bound(servers: list[SimServer], num_blocks: int = BLOCKS) -> float:

@@ -120,7 +120,7 @@ class Directory:
         store: what this peer keeps.
         clock: seconds on this peer's own clock, which never goes back.
         wall_clock: seconds since the epoch.
-        rng: chooses holders and the shards of a sample.
+        rng: chooses holders.
         per_shard: servers of one model under one key, at least, once there are more.
     """
 
@@ -326,7 +326,7 @@ class Directory:
         if model is None:
             if len(self._models) >= MAX_MODELS:
                 del self._models[next(iter(self._models))]
-            sample = Sample(self._digest, rng=self._rng, per_shard=self._per_shard)
+            sample = Sample(self._digest, per_shard=self._per_shard)
             model = self._models[key] = _Model(
                 ModelMemory(key, sample, is_signed=self._checks.is_signed),
                 Author(self._network.peer, sign=self._network.sign, make_secret=os.urandom),

@@ -69,6 +69,8 @@ class BlockLoad:
         num_servers: in all.
         typical: block-steps a second of the median server; 1 where none was measured.
         claims: of the other servers.
+        share: the part of all servers that the above is about, over 0: the view of a large swarm is
+            a sample.
     """
 
     throughput_L: Floats
@@ -77,11 +79,17 @@ class BlockLoad:
     num_servers: int = 0
     typical: float = 1.0
     claims: tuple[RivalClaim, ...] = ()
+    share: float = 1.0
 
     @property
     def num_blocks(self) -> int:
         """Of the model."""
         return len(self.throughput_L)
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether there is a block that nobody of these serves or is to serve."""
+        return not self.planned_L.all()
 
     def speed_of(self, capacity: Capacity) -> float:
         """What a server does, as far as that is known and to be believed; above zero."""
@@ -122,6 +130,33 @@ class BlockLoad:
             settled_L=settled_L,
             claims=earlier,
         )
+
+
+def wants_whole(sample: BlockLoad, *, is_urgent: bool = False) -> bool:
+    """Whether it takes the whole view to decide well: see `confirm_gaps`.
+
+    Args:
+        sample: what is known.
+        is_urgent: whether the server that asks has claimed blocks because nobody served them.
+    """
+    return sample.share < 1 and (is_urgent or sample.has_gap)
+
+
+def confirm_gaps(sample: BlockLoad, whole: BlockLoad, *, is_urgent: bool = False) -> BlockLoad:
+    """What to decide by where a sample lacks blocks.
+
+    Those that others hold are only weak ones, as far as the sample's servers are concerned: they
+    even out what they do among themselves. Where a block is nobody's, all servers of the swarm
+    decide by the same whole view, and see each other's claims in it.
+
+    Args:
+        sample: that lacks blocks.
+        whole: about all servers, read since.
+        is_urgent: as in `wants_whole`.
+    """
+    if is_urgent or whole.has_gap:
+        return whole
+    return replace(sample, planned_L=np.maximum(sample.planned_L, 1))
 
 
 def read_load(view: SwarmView, *, own: str | None = None) -> BlockLoad:
@@ -177,6 +212,7 @@ def read_load(view: SwarmView, *, own: str | None = None) -> BlockLoad:
         num_servers=len(spans),
         typical=float(np.median(speeds)) if len(speeds) else 1.0,
         claims=tuple(claims),
+        share=view.share,
     )
 
 

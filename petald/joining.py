@@ -11,10 +11,11 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Protocol
 
 import trio
 
-from petald.block_load import BlockLoad, Capacity, read_load
+from petald.block_load import BlockLoad, Capacity, confirm_gaps, read_load, wants_whole
 from petald.log import get_logger
 from petald.span_choice import choose_span
 from petald.span_scores import score_spans
@@ -31,6 +32,26 @@ MAX_CHOICES = 5
 CLEARLY_BETTER = 0.25
 """Of the range of what spans are worth: for less than that nobody chooses again, since each choice
 takes a second, and others choose meanwhile."""
+
+
+class ReadView(Protocol):
+    """Gives the swarm view of now."""
+
+    async def __call__(self, *, whole: bool = False) -> SwarmView:
+        """Reads it; in a large swarm that is a sample, unless it is to be whole."""
+
+
+async def read_place(read_view: ReadView, own: str) -> BlockLoad:
+    """What a server without a place decides by: its view, and a whole one where that lacks blocks.
+
+    Args:
+        read_view: reads.
+        own: the peer id of the server.
+    """
+    load = read_load(await read_view(), own=own)
+    if wants_whole(load):
+        load = confirm_gaps(load, read_load(await read_view(whole=True), own=own))
+    return load
 
 
 class Joining:
@@ -70,7 +91,7 @@ async def choose_first_span(
     capacity: Capacity,
     *,
     peer: str,
-    read_view: Callable[[], Awaitable[SwarmView]],
+    read_view: ReadView,
     announce: Callable[[], Awaitable[object]],
     rng: random.Random,
 ) -> tuple[int, int]:
@@ -80,11 +101,11 @@ async def choose_first_span(
         joining: holds the claim.
         capacity: of this server.
         peer: its id.
-        read_view: gives the swarm view of now.
+        read_view: reads the swarm view.
         announce: tells the swarm what ``joining`` says, at once.
         rng: of choices among equals, and of delays.
     """
-    load = read_load(await read_view(), own=peer)
+    load = await read_place(read_view, peer)
     for choice in range(1, MAX_CHOICES + 1):
         start, end = choose_span(load, capacity, rng=rng)
         claim = joining.claim_span(start, end)
@@ -93,7 +114,8 @@ async def choose_first_span(
         if choice == MAX_CHOICES:
             break
         await trio.sleep(SETTLE_S * rng.uniform(0.7, 1.3))
-        load = read_load(await read_view(), own=peer).without_claims_after(claim.made_at_ms, peer)
+        load = await read_place(read_view, peer)
+        load = load.without_claims_after(claim.made_at_ms, peer)
         if _is_as_good_as_any(load, capacity, start, end):
             break
     return start, end

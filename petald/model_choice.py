@@ -125,14 +125,15 @@ class ModelChoice(Generic[M]):
     def _lift(self, own: ModelOffer, span: tuple[int, int], other: ModelOffer) -> float:
         """By how many times the worst served of the two models gains, should this server change."""
         start, end = span
-        with_own_L = own.load.throughput_L.copy()
+        without_own_L = own.load.throughput_L / own.load.share
+        with_own_L = without_own_L.copy()
         with_own_L[start:end] += own.load.speed_of(own.capacity) / (end - start)
         new_start, new_end = choose_span(other.load, other.capacity, rng=self._rng)
-        with_new_L = other.load.throughput_L.copy()
-        share = other.load.speed_of(other.capacity) / (new_end - new_start)
-        with_new_L[new_start:new_end] += share
-        before = min(float(with_own_L.min()), float(other.load.throughput_L.min()))
-        after = min(float(own.load.throughput_L.min()), float(with_new_L.min()))
+        before_new_L = other.load.throughput_L / other.load.share
+        with_new_L = before_new_L.copy()
+        with_new_L[new_start:new_end] += other.load.speed_of(other.capacity) / (new_end - new_start)
+        before = min(float(with_own_L.min()), float(before_new_L.min()))
+        after = min(float(without_own_L.min()), float(with_new_L.min()))
         if before <= 0:
             return math.inf if after > 0 else 0.0
         return after / before

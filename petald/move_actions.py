@@ -58,11 +58,14 @@ class MoveSettings:
             leaves two servers on each block, for the case that one was not known.
         suppress_s: within this time most others see a new claim and give up theirs; the unit of
             the delays by chance before a claim.
-        haste: so much of what is missing somewhere sets out to mend it between two looks of a
-            server. Looks are some 37 s apart, and a claim is seen after 2 s; so those that set out
-            without knowing of the others are less than what is needed.
+        haste: so many times what is missing somewhere sets out to mend it, in an hour in which
+            nothing gets better. That is half of it in a second, and a claim is seen after two: so
+            those that set out without knowing of the others are about what is needed.
         look_s: between a claim and the first look at whether another was before it.
         drain_s: the cost of any move, as time of the server: sessions move to others.
+        young_s: when it has been there for so long, a server has all the sessions that it will; one
+            that has just joined has few, and it is the one that should move. In a swarm that has
+            just started that is everybody.
         scarcity: by so many times more, for each move that is spent ahead of the hourly ones: a
             server that has just moved had better leave the next move to others.
         load_block_s: to load one block, of those that are new; also a cost.
@@ -71,7 +74,8 @@ class MoveSettings:
             less the gains of all together are not worth their moves.
         enough: where the least-served block has this part of what blocks have in the mean, only
             gaps are a reason to move. It is above what is hoped for under churn, so that there is
-            something to lose until the next move; the last percents would cost most moves.
+            something to lose until the next move; the last percents would cost most moves. What is
+            lacking to it may be more in a sample, by the square root of how many there are.
         rest_s: after a move, until the next one that is not urgent.
         hourly: moves that are not urgent, in an hour, in the long run.
         burst: of them may come in a row; a swarm that has just started needs more.
@@ -81,14 +85,15 @@ class MoveSettings:
     known_s: float = 45.0
     urgent_known_s: float = 10.0
     suppress_s: float = 3.0
-    haste: float = 12.0
+    haste: float = 2000.0
     look_s: float = 10.0
-    drain_s: float = 15.0
-    scarcity: float = 16.0
+    drain_s: float = 800.0
+    young_s: float = 3600.0
+    scarcity: float = 2.0
     load_block_s: float = 5.0
-    foresight_s: float = 300.0
-    min_gain: float = 0.03
-    enough: float = 0.97
+    foresight_s: float = 900.0
+    min_gain: float = 0.01
+    enough: float = 0.985
     rest_s: float = 300.0
     hourly: float = 1.0
     burst: int = 3

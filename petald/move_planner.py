@@ -4,7 +4,8 @@ Pure: what others serve goes in with the time, actions come out. A driver does t
 
     wait until `next_deadline()`, or 15 to 60 seconds where there is none
     read the view afresh; ``now`` is the time *before* that reading began
-    carry out what ``on_load(read_load(view, own=peer), now)`` gives
+    carry out what ``on_load(read_load(view, own=peer), now)`` gives; where the view is a sample,
+        after `petald.block_load.confirm_gaps`
 
 and tells of what became of an action (`on_claimed`, `on_loaded`, `on_moved`, `on_move_failed`).
 While a span is loaded the reading goes on: a `WithdrawClaim` then ends the move.
@@ -69,6 +70,9 @@ from petald.swarm import Booleans, Floats
 SPARE, URGENT_SPARE = 1, 2
 """So many other servers must stay on a block that is left."""
 
+YOUTH = 3
+"""A move is free at first, costs an eighth at half of `MoveSettings.young_s`, and then soon all."""
+
 MOST_BETWEEN_LOOKS_S = 60.0
 """A gain counts as forgone for no longer before a look than views are apart: it may be newer."""
 
@@ -120,10 +124,11 @@ class MovePlanner:
         self._claimed_at = now
         self._known_at = math.inf
         self._until = math.inf
-        self._rested_at = now
+        self._joined_at = self._rested_at = now
         self._spent_until = now
         self._forgone_s = 0.0
         self._looked_at = now
+        self._considered_at = -math.inf
         self._counts = MoveCounts()
 
     @property
@@ -136,6 +141,11 @@ class MovePlanner:
         """The span that is claimed now, to be announced."""
         is_free = self._state in (MoveState.RESTING, MoveState.WAITING)
         return None if is_free else self._target
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a claim stands on blocks that nobody serves."""
+        return self._is_urgent and self.claim is not None
 
     @property
     def state(self) -> MoveState:
@@ -225,15 +235,16 @@ class MovePlanner:
 
     def _consider(self, load: BlockLoad, now: float) -> None:
         """Waits for another look, if there is a better place now."""
+        since_s = min(now - self._considered_at, MOST_BETWEEN_LOOKS_S)
+        self._considered_at = now
         found = self._choose(load, now)
         if found is None:
             return
         _, self._is_urgent = found
         rivals = load.num_servers
         if not self._is_urgent:
-            if self._rng.random() >= self._settings.haste * (
-                1 / (rivals + 1) + self._missing(load)
-            ):
+            hourly = self._settings.haste * (1 / (rivals + 1) + self._missing(load))
+            if self._rng.random() >= hourly * since_s / 3600.0:
                 return
             rivals = 1
         self._state = MoveState.WAITING
@@ -332,7 +343,9 @@ class MovePlanner:
     def _is_hopeless(self, load: BlockLoad) -> bool:
         """Whether it is plain without looking at any span that none is worth a move."""
         throughput_L = self._with_own(load)
-        if throughput_L.min() >= self._settings.enough * throughput_L.mean():
+        # Of several groups that are read apart, what is lacking evens out where they are added up.
+        lacking = (1.0 - self._settings.enough) / math.sqrt(load.share)
+        if throughput_L.min() >= (1.0 - lacking) * throughput_L.mean():
             return True
         return gain_limit(load, self._capacity, self._span) <= self._settings.min_gain
 
@@ -380,6 +393,7 @@ class MovePlanner:
         kept_WS = np.minimum(starts + lengths, end) - np.maximum(starts, start)
         new_WS = lengths - np.maximum(kept_WS, 0)
         ahead = max(0.0, self._spent_until - now) / 3600.0 * settings.hourly
-        drain_s = settings.drain_s * (1.0 + settings.scarcity * ahead)
+        grown = min(1.0, (now - self._joined_at) / settings.young_s)
+        drain_s = settings.drain_s * grown**YOUTH * (1.0 + settings.scarcity * ahead)
         cost_WS: Floats = drain_s + settings.load_block_s * new_WS
         return cost_WS

@@ -18,7 +18,7 @@ from kernels.errors import KernelError
 from p2p.errors import P2PError
 from p2p.network import Network
 from petald.announcer import Announcer
-from petald.block_load import Capacity, read_load
+from petald.block_load import BlockLoad, Capacity, confirm_gaps, read_load, wants_whole
 from petald.errors import PetaldError
 from petald.hosting import Hosting
 from petald.log import get_logger
@@ -43,6 +43,10 @@ LOOK_S = 8.0
 LOOK_SERVER_S = 0.005
 MOST_LOOK_S = 60.0
 """For each server of a large one a view takes longer to read, and one death matters less."""
+
+WHOLE_AGE_S = 120.0
+"""All servers of a large swarm are read no more often than that where those of a sample cannot
+cover the model and others do. Of 10,000 it is some 6 MB."""
 
 FEW_SERVERS = 2
 MAX_PINGED = 32
@@ -120,12 +124,11 @@ class Mover:
                     continue
                 now = trio.current_time()
                 try:
-                    view = await self._read_view()
+                    load = await self._read_load()
                 except (P2PError, PetaldError) as error:
                     log.debug("no view to move by", reason=str(error))
                     continue
                 self._measure()
-                load = read_load(view, own=self._network.peer)
                 for action in self._planner.on_load(load, now):
                     await self._carry_out(action, nursery)
 
@@ -206,6 +209,21 @@ class Mover:
 
     # What is known of the others.
 
+    async def _read_load(self) -> BlockLoad:
+        """What is decided by: the view, and a whole one where that is a sample and lacks blocks."""
+        own, is_urgent = self._network.peer, self._planner.is_urgent
+        load = read_load(await self._read_view(), own=own)
+        if not wants_whole(load, is_urgent=is_urgent):
+            return load
+        whole = await self._read_whole(max_age_s=0.0 if is_urgent else WHOLE_AGE_S)
+        if whole.has_gap and not is_urgent:  # it may have been mended since
+            whole = await self._read_whole(max_age_s=0.0)
+        return confirm_gaps(load, whole, is_urgent=is_urgent)
+
+    async def _read_whole(self, *, max_age_s: float) -> BlockLoad:
+        view = await self._router.read_view(self._serving.identity, max_age_s=max_age_s, whole=True)
+        return read_load(view, own=self._network.peer)
+
     async def _read_view(self) -> SwarmView:
         """The view, without those that do not answer though much depends on them."""
         view = await self._router.read_view(self._serving.identity, max_age_s=0.0)
@@ -242,7 +260,7 @@ class Mover:
             or (
                 server.announcement.state != ServerState.LEAVING
                 and server.peer != self._network.peer
-                and min(coverage[server.start : server.end]) <= FEW_SERVERS
+                and min(coverage[server.start : server.end]) <= FEW_SERVERS * view.share
             )
         ]
         return vital if len(vital) <= MAX_PINGED else self._rng.sample(vital, MAX_PINGED)

@@ -82,13 +82,13 @@ def choose_model(offers: Mapping[M, ModelOffer], *, rng: random.Random) -> M:
         offers: by whatever the models are known by, one at least; a block of each fits.
         rng: breaks ties.
     """
-    bounds = [float(offer.load.throughput_L.mean()) for offer in offers.values()]
+    bounds = [float(offer.load.throughput_L.mean()) / offer.load.share for offer in offers.values()]
     usual = sum(bounds) / len(bounds)
 
     def need(offer: ModelOffer) -> tuple[float, float]:
         uncovered = float(np.mean(offer.load.planned_L == 0))
         demand = usual if offer.demand is None else offer.demand
-        served = float(offer.load.throughput_L.min())
+        served = float(offer.load.throughput_L.min()) / offer.load.share
         if demand <= 0:
             return -uncovered, float("inf")
         return -uncovered, served / demand

@@ -12,13 +12,13 @@ import trio
 from p2p.directory import Directory
 from p2p.network import Network
 from petald.announcer import Announcer
-from petald.block_load import Capacity, read_load
+from petald.block_load import Capacity
 from petald.config import ANY_BLOCKS, ServeConfig
 from petald.errors import ConfigError
 from petald.executor import Executor
 from petald.hosted_adapters import HostedAdapter, read_adapters
 from petald.hosting import Hosting, SpanLoader
-from petald.joining import Joining, choose_first_span
+from petald.joining import Joining, choose_first_span, read_place
 from petald.local_model import ModelIdentity, identify_model
 from petald.log import get_logger
 from petald.message_codecs import MessageCodecs
@@ -187,8 +187,8 @@ async def read_candidates(
         except ConfigError as error:
             refusal = error
             continue
-        view = await router.read_view(identity, max_age_s=0.0)
-        offer = ModelOffer(load=read_load(view, own=peer), capacity=capacity)
+        read_view = partial(router.read_view, identity, max_age_s=0.0)
+        offer = ModelOffer(load=await read_place(read_view, peer), capacity=capacity)
         found[name] = Candidate(identity=identity, loader=loader, offer=offer)
     if not found:
         assert refusal is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 
 import pytest
 from hypothesis import given
@@ -29,8 +28,8 @@ def digest_of(number: int) -> bytes:
     return hashlib.sha256(str(number).encode()).digest()[:8]
 
 
-def make_sample(number: int = 0, seed: int = 0) -> Sample:
-    return Sample(digest_of(number), rng=random.Random(seed))
+def make_sample(number: int = 0) -> Sample:
+    return Sample(digest_of(number))
 
 
 @given(
@@ -81,18 +80,15 @@ def test_a_sample_finds_its_level_and_stays_there(servers):
         assert sample.servers == servers
 
 
-def test_a_sample_has_the_own_shard_and_others_by_chance():
-    samples = [make_sample(number, 5 * number + seed) for number in range(40) for seed in range(5)]
+def test_all_who_are_in_a_sample_have_the_same_one():
+    samples = [make_sample(number) for number in range(200)]
     for sample in samples:
-        sample.level = 9
-    for number in range(40):
-        own = shard_index(digest_of(number), 9)
-        same = samples[5 * number : 5 * number + 5]
-        assert all(own in {shard.index for shard in sample.shards} for sample in same)
-        assert len({sample.shards for sample in same}) == 5
-    covered = {shard.index for sample in samples for shard in sample.shards}
-    assert len(covered) > 450
-    assert all(len(set(sample.shards)) == SHARDS_READ for sample in samples)
+        sample.level = 5
+    groups = {frozenset(shard.index for shard in sample.shards) for sample in samples}
+    assert sorted(map(sorted, groups)) == [list(range(at, at + 8)) for at in range(0, 32, 8)]
+    for number, sample in enumerate(samples):
+        assert holds(sample, digest_of(number))
+        assert len(sample.shards) == SHARDS_READ
 
 
 def test_a_sample_of_a_grown_swarm_is_a_part_of_the_one_before():

@@ -12,8 +12,17 @@ from kernels.errors import CorruptCheckpoint
 from p2p.errors import PeerUnreachable
 from petald.block_load import Capacity
 from petald.move_actions import MoveSettings, StartMove
-from petald.mover import MOST_LOADING_S, Mover
-from petald.swarm import Announcement, Claim, Server, ServerState, SwarmView, make_view
+from petald.move_planner import MoveState
+from petald.mover import MOST_LOADING_S, WHOLE_AGE_S, Mover
+from petald.swarm import (
+    Announcement,
+    Claim,
+    Server,
+    ServerState,
+    SwarmView,
+    make_view,
+    peer_digest,
+)
 
 
 async def test_blocks_that_cannot_be_loaded_fail_the_move_and_its_claim_is_taken_back() -> None:
@@ -72,10 +81,18 @@ class Others:
         self.servers = servers
         self.silent: set[str] = set()
         self.pinged: list[str] = []
+        self.far: tuple[Server, ...] = ()
+        self.share = 1.0
+        self.whole_reads: list[float] = []
 
-    async def read_view(self, identity: object, *, max_age_s: float) -> SwarmView:
+    async def read_view(
+        self, identity: object, *, max_age_s: float, whole: bool = False
+    ) -> SwarmView:
         await trio.lowlevel.checkpoint()
-        return make_view(bytes(32), 4, self.servers)
+        if whole:
+            self.whole_reads.append(max_age_s)
+            return make_view(bytes(32), 4, self.servers + self.far)
+        return make_view(bytes(32), 4, self.servers, share=self.share)
 
     async def ping(self, peer: str) -> float:
         await trio.lowlevel.checkpoint()
@@ -121,3 +138,45 @@ async def test_whoever_loads_for_ever_is_not_counted_on(autojump_clock: Any) -> 
     assert await peers(mover) == {"liar"}
     await trio.sleep(MOST_LOADING_S + 1)
     assert await peers(mover) == set()
+
+
+def kin_of_own(*spans: tuple[int, int]) -> list[Server]:
+    """Servers whose digests begin with the same two bits as that of the server that asks."""
+    first = peer_digest("own")[0] >> 6
+    names = [name for number in range(99) if peer_digest(name := f"{number}")[0] >> 6 == first]
+    return [server(name, *span) for name, span in zip(names, spans, strict=False)]
+
+
+async def test_blocks_that_a_sample_lacks_are_looked_for_in_the_whole_swarm() -> None:
+    others = Others(*kin_of_own(*[(0, 2)] * 9))
+    others.share, others.far = 0.5, (server("far", 2, 4),)
+    mover = make_mover(others)
+    load = await mover._read_load()
+    assert load.share == 0.5
+    assert not load.has_gap  # servers outside of the sample have it
+    assert load.throughput_L[2:].tolist() == [0.0, 0.0]  # and these are to have more of it
+    assert others.whole_reads == [WHOLE_AGE_S]
+
+    others.far = ()
+    load = await mover._read_load()
+    assert load.share == 1.0
+    assert load.has_gap
+    assert others.whole_reads == [WHOLE_AGE_S] * 2 + [0.0]  # what was read before is not enough
+
+
+async def test_a_sample_that_holds_every_block_is_enough() -> None:
+    others = Others(*kin_of_own(*[(0, 2)] * 9, (2, 4)))
+    others.share = 0.25
+    load = await make_mover(others)._read_load()
+    assert load.share == 0.25
+    assert others.whole_reads == []
+    assert others.pinged == []  # one of few in the sample, but of four times as many in all
+
+
+async def test_a_gap_is_mended_by_the_whole_view_to_the_end() -> None:
+    others = Others(*kin_of_own(*[(0, 4)] * 9))
+    others.share = 0.5
+    mover = make_mover(others)
+    mover._planner._is_urgent, mover._planner._state = True, MoveState.CLAIMED
+    assert (await mover._read_load()).share == 1.0
+    assert others.whole_reads == [0.0]

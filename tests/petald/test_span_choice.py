@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petald.block_load import Capacity, read_load
+from petald.block_load import Capacity, confirm_gaps, read_load, wants_whole
 from petald.span_choice import AS_GOOD, ModelOffer, choose_model, choose_span
-from petald.span_scores import FLOOR, LONE_RUN, LOSS, POWER, gain_limit, score_spans
+from petald.span_scores import (
+    FLOOR,
+    HOP,
+    HOP_SERVERS,
+    LONE,
+    LOSS,
+    POWER,
+    gain_limit,
+    score_spans,
+)
 from tests.helpers.placement_world import announcement, load_of, view_of
 
 spans = st.tuples(st.integers(0, 9), st.integers(1, 5), st.floats(0.1, 10.0)).map(
@@ -41,8 +51,10 @@ def plain_worth(
     servers = [
         sum(one[0] <= block < one[1] for one in [*swarm, own]) for block in range(num_blocks)
     ]
-    risk = LOSS * (hole + servers.count(1) / LONE_RUN)
-    return power_mean([one / mean for one in throughput]) - risk
+    risk = LOSS * hole + LONE / (len(swarm) + 1) * sum(max(0, 2 - one) for one in servers)
+    hop = HOP * len(swarm) / (len(swarm) + HOP_SERVERS)
+    hops = hop * speed / sum(throughput) / (end - start)
+    return power_mean([one / mean for one in throughput]) - risk - hops
 
 
 def typical_speed(swarm: list[tuple[int, int, float]]) -> float:
@@ -97,7 +109,7 @@ def test_the_least_covered_blocks_are_taken() -> None:
 
 
 def test_fewer_blocks_than_fit_are_taken_where_that_balances() -> None:
-    load = load_of(8, *[(0, 3)] * 4, *[(3, 5)] * 2, *[(5, 8)] * 4)
+    load = load_of(8, *[(0, 3)] * 6, *[(3, 5)] * 3, *[(5, 8)] * 6)
     chosen = choose_span(load, Capacity(fit=8, block_steps_per_s=1.0), rng=random.Random(0))
     assert chosen == (3, 5)
 
@@ -171,6 +183,28 @@ def test_the_model_with_uncovered_blocks_comes_first_and_then_the_hungriest() ->
     assert choose_model(offers, rng=rng) == "whole"
     offers["rich"] = ModelOffer(load=rich, capacity=one, demand=1000.0)
     assert choose_model(offers, rng=rng) == "rich"
+
+
+def test_of_models_a_sampled_one_counts_for_all_its_servers() -> None:
+    load = load_of(4, *[(0, 4)] * 10)
+    sampled, whole = replace(load, share=0.1), load
+    offers = {
+        "sampled": ModelOffer(load=sampled, capacity=Capacity(fit=4), demand=10.0),
+        "whole": ModelOffer(load=whole, capacity=Capacity(fit=4), demand=10.0),
+    }
+    assert {choose_model(offers, rng=random.Random(seed)) for seed in range(9)} == {"whole"}
+
+
+def test_what_a_sample_lacks_is_no_gap_where_others_have_it() -> None:
+    sample = replace(load_of(4, (0, 2)), share=0.1)
+    assert wants_whole(sample)
+    assert not wants_whole(load_of(4, (0, 2)))
+    assert not wants_whole(replace(load_of(4, (0, 4)), share=0.1))
+    assert wants_whole(replace(load_of(4, (0, 4)), share=0.1), is_urgent=True)
+    confirmed = confirm_gaps(sample, load_of(4, (0, 2), (2, 4)))
+    assert (confirmed.share, confirmed.has_gap) == (0.1, False)
+    gap = load_of(4, (0, 2), (2, 3))
+    assert confirm_gaps(sample, gap) is gap
 
 
 @settings(max_examples=60, deadline=None)
