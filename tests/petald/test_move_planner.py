@@ -110,6 +110,20 @@ def test_a_last_block_is_not_left_though_the_swarm_would_gain() -> None:
     assert planner.state is MoveState.RESTING
 
 
+@pytest.mark.parametrize("load", [LOPSIDED, load_of(8, *[(0, 4)] * 3, (6, 8))], ids=["", "gap"])
+def test_nobody_moves_to_blocks_whose_weights_it_lacks(load) -> None:
+    here = Capacity(fit=4, block_steps_per_s=1.0, missing=frozenset({7}))
+    planner = make_planner()
+    planner.set_capacity(here)
+    claim = claimed(planner, load)
+    assert claim.end <= 7
+    planner = make_planner()
+    planner.set_capacity(Capacity(fit=4, block_steps_per_s=1.0, missing=frozenset({4, 5, 6, 7})))
+    for now in range(0, 1000, 30):
+        assert planner.on_load(load, float(now)) == []
+    assert planner.state is MoveState.RESTING
+
+
 def test_a_server_that_claims_to_leave_is_not_relied_on() -> None:
     planner = make_planner()
     said = {
