@@ -50,6 +50,11 @@ class AdapterStore:
         self.lent_bytes = 0
         self.lent_adapters = 0
 
+    def clear(self) -> None:
+        """Gives up all adapters; whoever computes with one still holds it."""
+        self._lent.clear()
+        self.hosted, self.lent_bytes, self.lent_adapters = {}, 0, 0
+
     def find_lent(self, digest: bytes, start: int, end: int) -> SpanAdapter | None:
         """A lent adapter for the blocks ``[start, end)``; none where it is not here any more."""
         adapter = self._lent.get(digest)

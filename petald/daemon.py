@@ -133,10 +133,9 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
         async def pause_or_resume(request: Pause | Resume) -> Paused | Resumed:
             if part is None:
                 raise BadRequest("this daemon serves no blocks; there is nothing to pause")
-            lender = await part.wait_lender()
             if isinstance(request, Pause):
-                return await lender.pause(request)
-            return await lender.resume(request)
+                return await part.pause(request)
+            return await part.resume(request)
 
         links = PassLinks(network)
         await nursery.start(links.run)

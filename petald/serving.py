@@ -152,6 +152,7 @@ class Serving:
         self.server.pause()
         await self._end_everything(deadline_s)
         await self._loader.shed(self.hosting, 0, 0)
+        self.hosting.adapters.clear()
 
     async def _end_everything(self, deadline_s: float) -> None:
         """Nothing runs on the span after this."""

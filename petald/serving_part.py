@@ -8,42 +8,101 @@ first has freed its blocks before the next one loads any.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
 
-from kernels.errors import KernelError
+from kernels.errors import CorruptCheckpoint, KernelError, UnsupportedModel
 from p2p.directory import Directory
 from p2p.errors import P2PError
 from p2p.network import Network
+from p2p.wire.control_messages import Pause as PauseRequest
+from p2p.wire.control_messages import Paused, Resume, Resumed
 from petald.announcer import Announcer
 from petald.config import LendConfig, ServeConfig
 from petald.devices import parse_device
-from petald.errors import ConfigError, PetaldError
+from petald.errors import ConfigError, PetaldError, forget_frames
 from petald.executor import Executor
 from petald.joining import Joining
-from petald.lender import Lender
-from petald.lending import NEVER
+from petald.lender import PAUSE_FILE, Lender, save_pause
+from petald.lending import NEVER, Pause
 from petald.log import get_logger
 from petald.message_codecs import MessageCodecs
-from petald.model_choice import ChoiceSettings, ModelChoice, can_leave
+from petald.model_choice import ChoiceSettings, ModelChoice
 from petald.owner_load import open_meter
 from petald.router import MEASURE_PERIOD_S, Router
 from petald.serving import VERSION, Serving
-from petald.span_choice import choose_span
+from petald.span_choice import ModelOffer, choose_span
 from petald.speed_cache import SpeedCache
 from petald.start_serving import Candidate, Started, load_serving, read_candidates
+from petald.swarm import Claim
 
 log = get_logger(__name__)
 
 FIRST_MEASURE_S = 5.0
 """A server's first round, by chance within this: those that start together know each other then."""
 
+BROKEN_S = 3600.0
+"""A model that could not be loaded, though nothing is wrong with it, is not tried again before:
+each try ends the sessions that there are."""
+
+RETRY_S = 60.0
+"""Where the model that was served cannot be loaded again either: memory may be short for a time."""
+
+PING_DEADLINE_S = 2.0
+
 CHANGE_DEADLINE_S = 120.0
 """For sessions to move when the model is changed: see `petald.serving.MOVE_DEADLINE_S`."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Tenure:
+    """What goes on while one model is served.
+
+    Attributes:
+        nursery: of all that ends with it.
+        ended: when that has.
+    """
+
+    started: Started
+    lender: Lender
+    nursery: trio.Nursery
+    ended: trio.Event
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """That is served now."""
+        span = self.started.serving.hosting.span
+        return span.start, span.end
+
+
+class _Change:
+    """Another model that is about to be served, as its swarm is told."""
+
+    def __init__(self, joining: Joining, announcer: Announcer) -> None:
+        self._joining = joining
+        self._announcer = announcer
+        self._scope = trio.CancelScope()
+
+    async def tell(self) -> None:
+        """Keeps the claim in the directory."""
+        with self._scope:
+            await self._announcer.run()
+
+    def stop_telling(self) -> None:
+        """What was told holds until it expires."""
+        self._scope.cancel()
+
+    async def give_up(self) -> None:
+        """Takes the claim back."""
+        self._scope.cancel()
+        self._joining.give_up()
+        await self._announcer.withdraw()
 
 
 class ServingPart:
@@ -64,8 +123,6 @@ class ServingPart:
 
     Attributes:
         codecs: encode what is sent.
-        serving: what is served now; none between two models.
-        lender: of it.
         changes: how often another model was taken.
     """
 
@@ -95,14 +152,23 @@ class ServingPart:
         self._speeds = speeds
         self._rng = rng
         self._settings = settings or ChoiceSettings()
-        self._started: Started | None = None
-        self._serves = trio.Event()
+        self._tenure: _Tenure | None = None
+        self._change: _Change | None = None
         self._is_stopping = False
         self._model = ""
-        self._broken: set[str] = set()
-        self.serving: Serving | None = None
-        self.lender: Lender | None = None
+        self._broken_until: dict[str, float] = {}
+        self._nursery: trio.Nursery
         self.changes = 0
+
+    @property
+    def serving(self) -> Serving | None:
+        """What is served now; none between two models."""
+        return None if self._tenure is None else self._tenure.started.serving
+
+    @property
+    def lender(self) -> Lender | None:
+        """Of what is served now."""
+        return None if self._tenure is None else self._tenure.lender
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serves for ever; started when sessions are taken.
@@ -110,67 +176,108 @@ class ServingPart:
         Raises:
             ConfigError, KernelError: nothing can be served; see `load_serving`.
         """
-        model = await self._serve(self._config, task_status.started)
-        while True:
-            config = replace(self._config, model=model, models=())
-            model = await self._serve(config, lambda: None)
+        config, has_started = self._config, False
+        async with trio.open_nursery() as self._nursery:
+            while True:
+                started = await self._start(config, self._nursery)
+                if started is None:  # and so nothing is served now
+                    config = replace(self._config, model=self._model, models=())
+                    continue
+                if not has_started:
+                    has_started = True
+                    task_status.started()
+                model = await self._serve(started)
+                config = replace(self._config, model=model, models=())
 
-    async def wait_lender(self) -> Lender:
-        """The lender, as soon as there is one: not between two models."""
-        while self.lender is None:
-            await self._serves.wait()
-        return self.lender
+    async def pause(self, request: PauseRequest) -> Paused:
+        """The owner's pause; see `Lender.pause`. Between two models the next one begins with it."""
+        if self.lender is not None:
+            return await self.lender.pause(request)
+        until = None if request.for_s is None else time.time() + request.for_s
+        save_pause(self._state_dir / PAUSE_FILE, Pause(until))
+        return Paused(job=request.job, sessions=0, left=0)
 
-    async def _serve(self, config: ServeConfig, on_serving: Callable[[], None]) -> str:
-        """Serves one model; gives the next one, when this is left or cannot be loaded."""
-        async with trio.open_nursery() as nursery:
-            try:
-                started = await load_serving(
-                    config,
-                    network=self._network,
-                    directory=self._directory,
-                    router=self._router,
-                    codecs=self.codecs,
-                    executor=self._executor,
-                    speeds=self._speeds,
-                    rng=self._rng,
-                    nursery=nursery,
-                )
-            except (ConfigError, KernelError) as error:
-                if self._model in ("", config.model):
-                    raise
-                log.warning("model not changed", model=config.model, reason=str(error))
-                self._broken.add(config.model)
-                nursery.cancel_scope.cancel()
-                return self._model
-            lender = self._make_lender(started)
-            await nursery.start(lender.run)
-            await started.begin(nursery)
-            nursery.start_soon(self._keep_measuring_next_hops, started)
-            self._started, self.serving, self.lender = started, started.serving, lender
-            self.changes += self._model not in ("", self.serving.identity.name)
-            self._model = self.serving.identity.name
-            self._serves.set()
-            on_serving()
-            model = await self._wait_for_change(started, lender)
-            lender.end()
-            self.serving = self.lender = None
-            self._serves = trio.Event()
-            await started.serving.end(deadline_s=CHANGE_DEADLINE_S)
-            self._started = None
-            nursery.cancel_scope.cancel()
-        return model
+    async def resume(self, request: Resume) -> Resumed:
+        """The end of the owner's pause; see `Lender.resume`."""
+        if self.lender is not None:
+            return await self.lender.resume(request)
+        save_pause(self._state_dir / PAUSE_FILE, None)
+        return Resumed(job=request.job)
 
     async def stop(self, *, deadline_s: float) -> None:
         """Leaves the swarm: refuses sessions, says so, and waits for those there are to move."""
         self._is_stopping = True
-        if self._started is None:
+        if self._change is not None:
+            await self._change.give_up()
+        if self._tenure is None:
             return
-        if self.lender is not None:
-            self.lender.end()
-        self._started.serving.server.stop_accepting()
-        await self._started.announcer.withdraw()
-        await self._started.serving.drain(deadline_s=deadline_s)
+        serving = self._tenure.started.serving
+        self._tenure.lender.end()
+        serving.server.stop_accepting()
+        await self._tenure.started.announcer.withdraw()
+        await serving.drain(deadline_s=deadline_s)
+
+    async def _start(self, config: ServeConfig, nursery: trio.Nursery) -> _Tenure | None:
+        """Loads one model, and serves it; none where that failed after another was served."""
+        tenure_nursery, ended = await nursery.start(_hold_nursery)
+        try:
+            started = await load_serving(
+                config,
+                network=self._network,
+                directory=self._directory,
+                router=self._router,
+                codecs=self.codecs,
+                executor=self._executor,
+                speeds=self._speeds,
+                rng=self._rng,
+                nursery=tenure_nursery,
+            )
+        except (ConfigError, KernelError, P2PError) as error:
+            tenure_nursery.cancel_scope.cancel()
+            await ended.wait()
+            if not self._model:
+                raise
+            forget_frames(error)  # they hold what was loaded
+            await self._note_failure(config.model, error)
+            return None
+        lender = self._make_lender(started)
+        await tenure_nursery.start(lender.run)
+        await started.begin(tenure_nursery)
+        tenure_nursery.start_soon(self._keep_measuring_next_hops, started)
+        self._change = None  # it is made
+        self._tenure = tenure = _Tenure(started, lender, tenure_nursery, ended)
+        name = started.serving.identity.name
+        self.changes += self._model not in ("", name)
+        self._model = name
+        return tenure
+
+    async def _note_failure(self, model: str, error: Exception) -> None:
+        """A model could not be loaded: it is not tried again soon, or waited for if it is left."""
+        if self._change is not None:
+            change, self._change = self._change, None
+            await change.give_up()
+        if model == self._model:
+            log.error("nothing is served", model=model, reason=str(error))
+            await trio.sleep(RETRY_S)
+            return
+        log.warning("model not changed", model=model, reason=str(error))
+        is_for_good = isinstance(error, CorruptCheckpoint | UnsupportedModel)
+        self._broken_until[model] = math.inf if is_for_good else trio.current_time() + BROKEN_S
+
+    async def _serve(self, tenure: _Tenure) -> str:
+        """Serves one model; gives the next one, when this is left."""
+        model = await self._wait_for_change(tenure)
+        await tenure.started.serving.end(deadline_s=CHANGE_DEADLINE_S)
+        if self._is_stopping:
+            await trio.sleep_forever()
+        log.info("changing the model", model=model)
+        tenure.lender.end()
+        self._tenure = None
+        tenure.nursery.cancel_scope.cancel()
+        await tenure.ended.wait()
+        assert self._change is not None
+        self._change.stop_telling()  # the loading tells of its own claim
+        return model
 
     def _make_lender(self, started: Started) -> Lender:
         lend = self._lend
@@ -189,83 +296,129 @@ class ServingPart:
     async def _keep_measuring_next_hops(self, started: Started) -> None:
         await trio.sleep(self._rng.uniform(0, FIRST_MEASURE_S))
         while True:
-            await started.serving.measure_next_hops(self._router, self._rng)
+            try:
+                await started.serving.measure_next_hops(self._router, self._rng)
+            except (P2PError, PetaldError) as error:
+                log.debug("next hops not measured", reason=str(error))
             started.announcer.announce_soon()
             await trio.sleep(MEASURE_PERIOD_S * self._rng.uniform(0.8, 1.2))
 
     # Another model.
 
-    async def _wait_for_change(self, started: Started, lender: Lender) -> str:
+    async def _wait_for_change(self, tenure: _Tenure) -> str:
         """Until another model is to be served: all its swarm knows of it, and nobody is missed."""
         if len(self._config.models) < 2:
             await trio.sleep_forever()
-        identity = started.serving.identity
-        choice = ModelChoice(
-            identity.name,
-            settings=self._settings,
-            now=trio.current_time(),
-            rng=self._rng,
-        )
+        name = tenure.started.serving.identity.name
+        choice = ModelChoice(name, settings=self._settings, now=trio.current_time(), rng=self._rng)
         while True:
             await trio.sleep_until(choice.next_deadline())
-            if not self._is_free(started, lender):
+            if not self._is_free(tenure):
                 choice.on_stayed(trio.current_time())
                 continue
             now = trio.current_time()
-            found = await self._read_candidates(started)
-            offers = {name: candidate.offer for name, candidate in found.items()}
-            if identity.name not in offers:
+            found = await self._read_candidates(tenure)
+            if name not in found:
                 choice.on_stayed(now)
                 continue
-            model = choice.on_look(self._span(started), offers, now)
+            model = choice.on_look(tenure.span, offers_of(found), now)
             if model is None:
                 continue
-            if await self._announce_change(started, lender, found[model]):
+            if await self._tell_change(tenure, choice, found[model]):
                 return model
             choice.on_stayed(trio.current_time())
 
-    def _is_free(self, started: Started, lender: Lender) -> bool:
+    def _is_free(self, tenure: _Tenure) -> bool:
         """Whether nothing else is going on: no move, no pause, no end."""
-        is_moving = started.mover is not None and started.mover.is_moving
-        return not is_moving and lender.decision.lends and not self._is_stopping
+        mover = tenure.started.mover
+        is_moving = mover is not None and mover.is_moving
+        return not is_moving and tenure.lender.decision.lends and not self._is_stopping
 
-    def _span(self, started: Started) -> tuple[int, int]:
-        span = started.serving.hosting.span
-        return span.start, span.end
-
-    async def _announce_change(
-        self, started: Started, lender: Lender, candidate: Candidate
+    async def _tell_change(
+        self, tenure: _Tenure, choice: ModelChoice[str], candidate: Candidate
     ) -> bool:
         """Tells both swarms of the change, and looks once more when all can know of it.
 
         Of several servers that would leave the same blocks all see that the others are about to,
-        and stay. Sessions go on meanwhile; only new ones are refused.
+        and stay; of several that would come to one model the later ones do. Sessions go on
+        meanwhile; only new ones are refused.
         """
-        server = started.serving.server
+        server = tenure.started.serving.server
         offer = candidate.offer
         joining = Joining(candidate.loader.describe(VERSION, self._network.addresses[:16]))
-        joining.claim_span(*choose_span(offer.load, offer.capacity, rng=self._rng))
-        claimer = Announcer(self._directory, joining.make_announcement, rng=self._rng)
+        claim = joining.claim_span(*choose_span(offer.load, offer.capacity, rng=self._rng))
+        announcer = Announcer(self._directory, joining.make_announcement, rng=self._rng)
+        self._change = _Change(joining, announcer)
         log.info("about to change the model", model=candidate.identity.name)
         server.stop_accepting()
-        await started.announcer.withdraw()
-        with trio.move_on_after(self._settings.known_s):
-            await claimer.run()
-        found = await self._read_candidates(started)
-        own = found.get(started.serving.identity.name)
-        is_sure = not server.is_accepting and self._is_free(started, lender)
-        if is_sure and own is not None and can_leave(own.offer, self._span(started)):
+        is_told = await tenure.started.announcer.publish() > 0
+        if is_told:
+            self._nursery.start_soon(self._change.tell)
+            await trio.sleep(self._settings.known_s)
+            is_told = not server.is_accepting and self._is_free(tenure)
+        if is_told and await self._is_still_better(tenure, choice, candidate, claim):
             return True
-        log.info("the model is kept", reason="its blocks would have nobody, or the owner came")
-        joining.give_up()
-        await claimer.withdraw()
-        if lender.decision.lends and not self._is_stopping:
+        log.info("the model is kept", model=tenure.started.serving.identity.name)
+        change, self._change = self._change, None
+        await change.give_up()
+        if tenure.lender.decision.lends and not self._is_stopping:
             server.accept_again()
-            await started.announcer.publish()
+            await tenure.started.announcer.publish()
         return False
 
-    async def _read_candidates(self, started: Started) -> dict[str, Candidate]:
-        models = tuple(name for name in self._config.models if name not in self._broken)
+    async def _is_still_better(
+        self, tenure: _Tenure, choice: ModelChoice[str], candidate: Candidate, claim: Claim
+    ) -> bool:
+        """Whether a change is as good as it was, with all that others claimed before it."""
+        now = trio.current_time()
+        own, model = tenure.started.serving.identity.name, candidate.identity.name
+        found = await self._read_candidates(tenure)
+        if own not in found or model not in found:
+            return False
+        load = found[model].offer.load
+        if not load.num_servers and candidate.offer.load.num_servers:
+            return False  # nobody is there any more, or nobody could be asked
+        load = load.without_claims_after(claim.made_at_ms, self._network.peer)
+        offers = offers_of(found)
+        offers = {own: offers[own], model: replace(offers[model], load=load)}
+        if choice.find_better(tenure.span, offers, now) != model:
+            return False
+        return await self._are_alive(tenure)
+
+    async def _are_alive(self, tenure: _Tenure) -> bool:
+        """Whether those answer who will be alone on blocks: a view has the dead for a while."""
+        start, end = tenure.span
+        view = await self._router.read_view(tenure.started.serving.identity, max_age_s=0.0)
+        staying = [
+            one
+            for one in view.servers
+            if one.is_serving and one.peer != self._network.peer and one.announcement.claim is None
+        ]
+        alone = {
+            holders[0].peer
+            for block in range(start, end)
+            if len(holders := [one for one in staying if one.start <= block < one.end]) == 1
+        }
+        answers: list[str] = []
+
+        async def ping(peer: str) -> None:
+            with trio.move_on_after(PING_DEADLINE_S):
+                try:
+                    await self._network.ping(peer)
+                except P2PError:
+                    return
+                answers.append(peer)
+
+        async with trio.open_nursery() as nursery:
+            for peer in alone:
+                nursery.start_soon(ping, peer)
+        return len(answers) == len(alone)
+
+    async def _read_candidates(self, tenure: _Tenure) -> dict[str, Candidate]:
+        now = trio.current_time()
+        models = tuple(
+            name for name in self._config.models if self._broken_until.get(name, 0.0) <= now
+        )
         try:
             return await read_candidates(
                 replace(self._config, models=models),
@@ -273,8 +426,27 @@ class ServingPart:
                 router=self._router,
                 executor=self._executor,
                 speeds=self._speeds,
-                freed_bytes=started.serving.memory_bytes,
+                freed_bytes=tenure.started.serving.memory_bytes,
             )
         except (P2PError, PetaldError, KernelError) as error:
             log.debug("the other models cannot be judged", reason=str(error))
             return {}
+
+
+def offers_of(candidates: Mapping[str, Candidate]) -> dict[str, ModelOffer]:
+    """What is weighed of each."""
+    return {name: candidate.offer for name, candidate in candidates.items()}
+
+
+async def _hold_nursery(
+    *,
+    task_status: trio.TaskStatus[tuple[trio.Nursery, trio.Event]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """A nursery of its own, until it is cancelled, and the event that it has ended."""
+    ended = trio.Event()
+    try:
+        async with trio.open_nursery() as nursery:
+            task_status.started((nursery, ended))
+            await trio.sleep_forever()
+    finally:
+        ended.set()

@@ -9,6 +9,7 @@ from functools import partial
 
 import trio
 
+from kernels.errors import KernelError
 from p2p.directory import Directory
 from p2p.network import Network
 from petald.announcer import Announcer
@@ -162,7 +163,7 @@ async def read_candidates(
     speeds: SpeedCache,
     freed_bytes: int = 0,
 ) -> dict[str, Candidate]:
-    """Judges the models of ``[serve] models``, those left out of which not a block fits.
+    """Judges the models of ``[serve] models``, those left out that cannot be hosted.
 
     Args:
         config: names the models, and says how one would be hosted.
@@ -173,18 +174,19 @@ async def read_candidates(
         freed_bytes: of the device's memory, beyond what is free now, when one of them is loaded.
 
     Raises:
-        ConfigError: not one block of any of them fits.
-        KernelError: one cannot be read.
+        ConfigError, KernelError: none of them can be hosted; why the last one cannot.
         P2PError, PetaldError: a view cannot be read.
     """
     found: dict[str, Candidate] = {}
-    refusal: ConfigError | None = None
+    refusal: ConfigError | KernelError | None = None
     for name in config.models:
-        identity = await trio.to_thread.run_sync(identify_model, name)
-        loader = SpanLoader(config, identity, executor, speeds=speeds)
         try:
+            identity = await trio.to_thread.run_sync(identify_model, name)
+            await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
+            loader = SpanLoader(config, identity, executor, speeds=speeds)
             capacity = await loader.measure_capacity(freed_bytes=freed_bytes)
-        except ConfigError as error:
+        except (ConfigError, KernelError) as error:
+            log.info("model passed over", model=name, reason=str(error))
             refusal = error
             continue
         read_view = partial(router.read_view, identity, max_age_s=0.0)

@@ -6,15 +6,17 @@ import random
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
 import petald.serving_part
-from kernels.errors import CorruptCheckpoint
+from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
 from p2p.directory import Directory
 from p2p.memory_network import MemoryHub, open_memory_hub
+from p2p.wire.control_messages import Pause, Resume
 from petald.config import LendConfig, RouteConfig, ServeConfig
 from petald.executor import open_executor
 from petald.local_model import ModelIdentity, identify_model
@@ -133,7 +135,8 @@ async def test_a_server_goes_to_the_model_that_lost_its_last_server(
             await taker.say(ServerState.LEAVING)
             await until(serves(part, folders["qwen2"]))
             assert part.changes == 2
-            assert (await part.wait_lender()).decision.lends
+            assert part.lender is not None
+            assert part.lender.decision.lends
 
 
 async def test_blocks_that_are_left_by_all_others_meanwhile_are_kept(
@@ -202,3 +205,105 @@ async def test_a_paused_server_stays_with_its_model(
             assert serves(part, folders["qwen2"])()
             assert part.serving is not None
             assert not part.serving.server.is_accepting
+
+
+async def test_a_gap_that_others_filled_meanwhile_is_left_to_them(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    async with open_memory_hub() as hub:
+        kept, taker = Other(hub, folders["llama"]), Other(hub, folders["qwen2"])
+        await kept.say()
+        async with serve(hub, folders, tmp_path) as (part, router):
+            await taker.say()
+            await kept.say(ServerState.LEAVING)
+            assert part.serving is not None
+            server = part.serving.server
+            await until(lambda: not server.is_accepting)
+            await kept.say()
+            await until(lambda: server.is_accepting)
+            assert part.changes == 0
+            states = await states_of(router, folders["llama"], part._network.peer)
+            assert states in ([], [ServerState.LEAVING])
+
+
+async def test_whoever_would_be_alone_on_the_blocks_is_asked_whether_it_lives(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    async with open_memory_hub() as hub:
+        kept, taker = Other(hub, folders["llama"]), Other(hub, folders["qwen2"])
+        await kept.say()
+        async with serve(hub, folders, tmp_path) as (part, _):
+            await taker.say()
+            hub.cut(part._network.peer, taker.network.peer)  # its announcement lies with others too
+            await kept.say(ServerState.LEAVING)
+            assert part.serving is not None
+            server = part.serving.server
+            await until(lambda: not server.is_accepting)
+            await until(lambda: server.is_accepting)
+            assert part.changes == 0
+
+
+async def test_a_daemon_that_stops_takes_the_claim_on_another_model_back(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.petald.test_serving_part.SOON", replace(SOON, known_s=30.0))
+    async with open_memory_hub() as hub:
+        kept, taker = Other(hub, folders["llama"]), Other(hub, folders["qwen2"])
+        await kept.say()
+        async with serve(hub, folders, tmp_path) as (part, router):
+            await taker.say()
+            await kept.say(ServerState.LEAVING)
+            own = part._network.peer
+            with trio.fail_after(20):
+                while await states_of(router, folders["llama"], own) != [  # noqa: ASYNC110
+                    ServerState.LOADING
+                ]:
+                    await trio.sleep(0.02)
+            await part.stop(deadline_s=1.0)
+            assert await states_of(router, folders["llama"], own) == [ServerState.LEAVING]
+            assert await states_of(router, folders["qwen2"], own) == [ServerState.LEAVING]
+
+
+async def test_a_server_whose_models_cannot_be_loaded_for_a_time_comes_back(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_serving, failures = petald.serving_part.load_serving, [2]
+
+    async def load(config: ServeConfig, **parts: object) -> object:
+        if failures[0]:
+            failures[0] -= 1
+            raise OutOfDeviceMemory("others have it")
+        return await load_serving(config, **parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(petald.serving_part, "RETRY_S", 0.5)
+    async with open_memory_hub() as hub:
+        kept, taker = Other(hub, folders["llama"]), Other(hub, folders["qwen2"])
+        await kept.say()
+        async with serve(hub, folders, tmp_path) as (part, _):
+            monkeypatch.setattr(petald.serving_part, "load_serving", load)
+            await taker.say()
+            await kept.say(ServerState.LEAVING)
+            await until(lambda: part.serving is None)
+            # Meanwhile its owner's word is taken, and heeded when it serves again.
+            paused = await part.pause(Pause(job=1))
+            assert (paused.sessions, paused.left) == (0, 0)
+            await until(lambda: part.serving is not None)
+            assert serves(part, folders["qwen2"])()
+            assert part.serving is not None
+            assert not part.serving.server.is_accepting
+            await part.resume(Resume(job=2))
+            assert part.serving.server.is_accepting
+
+
+async def test_a_model_that_is_not_here_does_not_keep_the_others_from_being_chosen(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    async with open_memory_hub() as hub:
+        kept, taker = Other(hub, folders["llama"]), Other(hub, folders["qwen2"])
+        await kept.say()
+        models = {**folders, "absent": tmp_path / "absent"}
+        async with serve(hub, models, tmp_path) as (part, _):
+            assert serves(part, folders["qwen2"])()
+            await taker.say()
+            await kept.say(ServerState.LEAVING)
+            await until(serves(part, folders["llama"]))
