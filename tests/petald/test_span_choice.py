@@ -11,6 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petald.block_load import Capacity, confirm_gaps, read_load, wants_whole
+from petald.model_choice import ChoiceSettings, ModelChoice
+from petald.move_actions import MoveSettings
+from petald.move_planner import MovePlanner
+from petald.reports import _server_status
 from petald.span_choice import AS_GOOD, ModelOffer, choose_model, choose_span
 from petald.span_scores import (
     FLOOR,
@@ -164,6 +168,51 @@ def test_what_was_not_measured_counts_as_typical_and_what_is_absurd_is_cut() -> 
     said["liar"] = announcement(6, 7, speed=1e12)
     load = read_load(view_of(7, said))
     assert load.throughput_L == pytest.approx([2.0] * 6 + [200.0])
+
+
+announced_ms = st.sampled_from([0.0, 5e-324, 1e-308, 1e-300, 1e-9, 1e-3, 1.0, 1e6]) | st.floats(
+    0.0, 1e6
+)
+announcements = st.tuples(spans, announced_ms, st.none() | spans, st.booleans())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(announcements, max_size=6),
+    st.sampled_from([1.0, 0.5, 1e-4]),
+    st.sampled_from([0.0, 1e-9, 1.0, 1e9]),
+    st.integers(1, 10),
+)
+def test_whatever_is_announced_what_is_decided_by_is_finite(said, share, speed, fit) -> None:
+    view = view_of(
+        10,
+        {
+            str(number): replace(
+                announcement(start, end, claim=None if claim is None else (*claim[:2], 1)),
+                step_ms=step_ms,
+                state="serving" if is_serving else "loading",
+            )
+            for number, ((start, end, _), step_ms, claim, is_serving) in enumerate(said)
+        },
+    )
+    load = read_load(replace(view, share=share))
+    assert np.isfinite(load.throughput_L).all()
+    assert 0 < load.typical < np.inf
+    assert all(np.isfinite(one.block_steps_per_s) for one in load.claims)
+    assert all(np.isfinite(_server_status(one).steps_per_s) for one in view.servers)
+    capacity, rng = Capacity(fit=fit, block_steps_per_s=speed), random.Random(0)
+    choose_span(load, capacity, rng=rng)
+    offers = {
+        "own": ModelOffer(load=load_of(10, *[(0, 10)] * 3), capacity=capacity),
+        "other": ModelOffer(load=load, capacity=capacity),
+    }
+    choose_model(offers, rng=rng)
+    for current in offers:
+        choice = ModelChoice(current, settings=ChoiceSettings(), now=0.0, rng=rng)
+        choice.find_better((0, fit), offers, 1e5)
+    planner = MovePlanner("me", (0, fit), capacity, settings=MoveSettings(), now=0.0, rng=rng)
+    for at in (400.0, 5000.0, 6000.0):
+        planner.on_load(load, at)
 
 
 def test_the_model_with_uncovered_blocks_comes_first_and_then_the_hungriest() -> None:
