@@ -234,6 +234,17 @@ def test_the_model_with_uncovered_blocks_comes_first_and_then_the_hungriest() ->
     assert choose_model(offers, rng=rng) == "rich"
 
 
+def test_blocks_that_are_not_here_make_no_model_needier() -> None:
+    partial = Capacity(fit=10, missing=frozenset(range(5)))
+    lacking = ModelOffer(load=load_of(10, (5, 10)), capacity=partial)
+    coverable = ModelOffer(load=load_of(10, (0, 7)), capacity=Capacity(fit=10))
+    rng = random.Random(0)
+    assert choose_model({"lacking": lacking, "coverable": coverable}, rng=rng) == "coverable"
+    weak = ModelOffer(load=load_of(10, (0, 10)), capacity=Capacity(fit=10), demand=1.0)
+    lacking = replace(lacking, demand=1.0)  # a fifth for each block that is here; a tenth
+    assert choose_model({"lacking": lacking, "weak": weak}, rng=rng) == "weak"
+
+
 def test_of_models_a_sampled_one_counts_for_all_its_servers() -> None:
     load = load_of(4, *[(0, 4)] * 10)
     sampled, whole = replace(load, share=0.1), load
