@@ -73,7 +73,7 @@ class Span:
         ]
 
     def record_steps(self, record: Recorder) -> bool:
-        """Has decode steps recorded from now on, each when it is run first.
+        """Has decode steps recorded from now on, each when it is run first; see `StepGraphs`.
 
         A step that cannot be recorded is run as before, and so are all after it; `graphs_failure`
         says why.
@@ -150,7 +150,7 @@ class Span:
         adapters: Sequence[SpanAdapter],
     ) -> torch.Tensor:
         positions = self._positions(places)
-        if self._graphs is not None and not adapters and self._graphs.takes(places):
+        if self._graphs is not None and not adapters and self._graphs.takes(places, blocks):
             try:
                 return self._graphs.run(hidden_SD, positions, places, arena, blocks)
             # The class of all that CUDA refuses; for a graph's own memory there may be no room.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from kernels import block as block_module
+from kernels import step_graphs
 from kernels.checkpoint import Checkpoint
 from kernels.kv_cache import CacheArena, SequenceCache
 from kernels.span import Segment, Span, load_span
-from kernels.step_graphs import MAX_ROWS, WARM_UPS
+from kernels.step_graphs import MAX_PARTS, MAX_ROWS, RECORD_AT, WARM_UPS
 from tests.helpers.decode_cases import attend_in_turn
 from tests.helpers.tiny_models import FAMILIES, make_model, save_model
 
@@ -21,9 +23,15 @@ CPU = torch.device("cpu")
 
 
 class Replayer:
-    """A recorder for the CPU, which does the work again; it runs it as often as CUDA's does."""
+    """A recorder for the CPU, which does the work again; it runs it as often as CUDA's does.
+
+    Attributes:
+        recorded: all that it made.
+        replays: how often one of them was run.
+    """
 
     def __init__(self) -> None:
+        self.recorded: list[weakref.ref[Callable[[], None]]] = []
         self.replays = 0
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -34,6 +42,7 @@ class Replayer:
             self.replays += 1
             work()
 
+        self.recorded.append(weakref.ref(replay))
         return replay
 
 
@@ -62,6 +71,26 @@ def decode(span: Span, counts: Sequence[int], tokens: int = 6) -> torch.Tensor:
         for count in counts:
             rows_SD = torch.randn(count, width, generator=generator).to(span.device, span.dtype)
             outputs.append(span.step(rows_SD, [Segment(cache, 1) for cache in caches[:count]]))
+    return torch.cat(outputs)
+
+
+def decode_parts(
+    span: Span, caches: Sequence[SequenceCache], *, times: int = RECORD_AT + 1
+) -> torch.Tensor:
+    """Steps through all blocks, and then through every part of them, in one to three rows."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = span.end - span.start
+    parts = [(start, end) for start in range(blocks) for end in range(start + 1, blocks + 1)]
+    outputs = []
+    for start, end in [(0, blocks), *parts]:
+        for count in (1, 2, 3):
+            for _ in range(times):
+                rows_SD = torch.randn(count, span.config.hidden_size, generator=generator)
+                rows_SD = rows_SD.to(span.device, span.dtype)
+                segments = [Segment(cache, 1) for cache in caches[:count]]
+                outputs.append(span.step(rows_SD, segments, start=start, end=end))
+                for cache in caches:
+                    cache.length = 0
     return torch.cat(outputs)
 
 
@@ -105,7 +134,7 @@ def test_of_a_part_of_the_span(tmp_path: Path) -> None:
         rows_SD = torch.randn(9, 48, generator=torch.Generator().manual_seed(1))
         pieces = [
             span.step(row_SD[None], [Segment(cache, 1)], start=start, end=end)
-            for row_SD, (start, end) in zip(rows_SD, [(1, 3), (1, 3), (1, 3)], strict=False)
+            for row_SD, (start, end) in zip(rows_SD, [(1, 3)] * (RECORD_AT + 2), strict=False)
         ]
         return torch.cat(pieces)
 
@@ -113,6 +142,53 @@ def test_of_a_part_of_the_span(tmp_path: Path) -> None:
     span.record_steps(record)
     assert torch.equal(run(), expected_SD)
     assert record.replays == 3 * 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_of_parts_of_the_span_only_some_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(block_module, "find_decode_kernel", lambda *about: attend_in_turn)
+    checkpoint = Checkpoint(save_model(make_model(name), tmp_path))
+    span, record = load(checkpoint), Replayer()
+    caches = open_caches(span, 3)
+    expected_SD = decode_parts(span, caches)
+    assert span.record_steps(record)
+    decode_parts(span, caches, times=1)
+    whole = 3 * (1 if name == "llama" else 1 + checkpoint.config.num_blocks)
+    assert len(record.recorded) == whole  # nothing but the whole is recorded at once
+    assert torch.equal(decode_parts(span, caches), expected_SD)
+
+    alive = [one for one in record.recorded if one() is not None]
+    assert span._graphs is not None
+    assert len(alive) == span._graphs.recorded < len(record.recorded)
+    assert alive[:whole] == record.recorded[:whole]
+    if name == "llama":
+        assert len(alive) == whole + MAX_PARTS
+
+
+def test_of_parts_of_the_span_the_one_used_longest_ago_is_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_module, "find_decode_kernel", lambda *about: attend_in_turn)
+    monkeypatch.setattr(step_graphs, "MAX_PARTS", 2)
+    span = load(Checkpoint(save_model(make_model("llama"), tmp_path)))
+    span.record_steps(record := Replayer())
+    (cache,) = open_caches(span, 1)
+
+    def recorded_by(*starts: int) -> int:
+        before = len(record.recorded)
+        for start in starts:
+            span.step(torch.zeros(1, 48), [Segment(cache, 1)], start=start, end=start + 1)
+        return len(record.recorded) - before
+
+    assert recorded_by(0, 0) == 0
+    assert recorded_by(0) == 1
+    assert recorded_by(1, 1, 1) == 1
+    assert recorded_by(0, 2, 2, 2) == 1  # in the place of 1
+    assert recorded_by(0, 2, 0) == 0
+    assert recorded_by(1, 1) == 0
+    assert recorded_by(1) == 1
 
 
 @pytest.mark.parametrize(
