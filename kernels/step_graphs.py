@@ -68,10 +68,12 @@ class CudaRecorder:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                for _ in range(WARM_UPS):
-                    work()
-            current.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(WARM_UPS):
+                        work()
+            finally:  # also where it fails: what is done instead writes to the same places
+                current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads go on using the device meanwhile: they encode what is sent.
             with torch.cuda.graph(
@@ -179,8 +181,8 @@ class StepGraphs:
             blocks: the first, and the one after the last, counted from the span's first.
 
         Raises:
-            RuntimeError: the work cannot be recorded on this device. What the cache has of these
-                tokens is to be written again.
+            `kernels.decode_kernel.kernel_failures`: the work cannot be recorded on this device.
+                What the cache has of these tokens is to be written again.
         """
         self._attach(arena)
         rows = len(places)

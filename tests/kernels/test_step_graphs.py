@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ import torch
 from kernels import block as block_module
 from kernels import step_graphs
 from kernels.checkpoint import Checkpoint
+from kernels.errors import OutOfDeviceMemory
 from kernels.kv_cache import CacheArena, SequenceCache
 from kernels.span import Segment, Span, load_span
 from kernels.step_graphs import MAX_PARTS, MAX_ROWS, RECORD_AT, WARM_UPS
@@ -248,9 +253,24 @@ def test_prefills_and_large_batches_are_not_recorded(tmp_path: Path) -> None:
     assert record.replays == 0
 
 
-@pytest.mark.parametrize("error_class", [RuntimeError, torch.OutOfMemoryError])
+class TritonError(Exception):
+    """As Triton's, which need not be there."""
+
+
+@pytest.fixture
+def triton_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: Any = ModuleType("triton.errors")
+    errors.TritonError = TritonError
+    monkeypatch.setitem(sys.modules, "triton.errors", errors)
+
+
+FAILURES = [RuntimeError, TritonError, PermissionError, subprocess.SubprocessError]
+
+
+@pytest.mark.usefixtures("triton_stand_in")
+@pytest.mark.parametrize("error_class", [*FAILURES, torch.OutOfMemoryError])
 def test_what_cannot_be_recorded_is_run_as_before(
-    tmp_path: Path, error_class: type[RuntimeError]
+    tmp_path: Path, error_class: type[Exception]
 ) -> None:
     checkpoint = Checkpoint(save_model(make_model("llama"), tmp_path))
     span = load(checkpoint)
@@ -262,3 +282,50 @@ def test_what_cannot_be_recorded_is_run_as_before(
     span.record_steps(record)
     assert torch.equal(decode(span, [1]), expected_SD)
     assert "not permitted" in span.graphs_failure
+
+
+@pytest.mark.usefixtures("triton_stand_in")
+@pytest.mark.parametrize("is_recorded", [False, True])
+@pytest.mark.parametrize("error_class", FAILURES)
+def test_a_variant_of_the_kernel_that_fails_is_done_without(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error_class: type[Exception],
+    is_recorded: bool,
+) -> None:
+    checkpoint = Checkpoint(save_model(make_model("llama"), tmp_path))
+    expected_SD = decode(load(checkpoint), [1, 2, 3])
+    calls = []
+
+    def attend(*about: Any) -> torch.Tensor:
+        rows = about[2].shape[1]
+        calls.append(rows)
+        if rows == 3 and len([one for one in calls if one == 3]) > 1:  # in the second block
+            raise error_class("no such variant")
+        return attend_in_turn(*about)
+
+    monkeypatch.setattr(block_module, "find_decode_kernel", lambda *about: attend)
+    span = load(checkpoint)
+    if is_recorded:
+        span.record_steps(Replayer())
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(decode(span, [1, 2, 3]), expected_SD)
+    assert ("no such variant" in span.graphs_failure) == is_recorded
+    assert caplog.text.count("one after the other: no such variant") == 1
+    assert calls.count(3) == (3 if is_recorded else 2)  # it is not tried again
+
+
+def test_want_of_memory_is_no_failure_of_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attend(*about: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(block_module, "find_decode_kernel", lambda *about: attend)
+    span = load(Checkpoint(save_model(make_model("llama"), tmp_path)))
+    caches = open_caches(span, 2)
+    for _ in range(2):
+        with pytest.raises(OutOfDeviceMemory):
+            span.step(torch.zeros(2, 48), [Segment(cache, 1) for cache in caches])
+    assert span._has_decode_kernel
