@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from kernels.errors import CorruptCheckpoint
 from kernels.model_config import load_model_config
 from kernels.quant.stored_config import parse_stored_quantisation
-from kernels.weight_names import OTHER_PREFIXES, block_shapes, names_of
+from kernels.weight_names import OTHER_PREFIXES, names_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -70,16 +70,19 @@ class Checkpoint:
 
     def missing_blocks(self) -> frozenset[int]:
         """The blocks of which a file is not here: a server may have fetched but some of them."""
+        blocks = {str(block): block for block in range(self.config.num_blocks)}
         if self._file_of is None:
-            return frozenset()  # one file, without which there is nothing
-        is_here = {file: (self.folder / file).exists() for file in set(self._file_of.values())}
-        missing = set()
-        for block in range(self.config.num_blocks):
-            names = map(self._stored, block_shapes(self.config, block))
-            files = {self._file_of[name] for name in names if name in self._file_of}
-            if not all(is_here[file] for file in files):
-                missing.add(block)
-        return frozenset(missing)
+            return frozenset(() if (self.folder / SINGLE_FILE).exists() else blocks.values())
+        files = set(self._file_of.values())
+        absent = {file for file in files if not (self.folder / file).exists()}
+        # Beside the tensors of `block_shapes`, quantised layers have scales and the like.
+        before = self._stored(names_of(self.config).output.partition("{block}")[0])
+        numbers = {
+            name.removeprefix(before).partition(".")[0]
+            for name, file in self._file_of.items()
+            if file in absent and name.startswith(before)
+        }
+        return frozenset(blocks[number] for number in numbers if number in blocks)
 
     def _stored(self, name: str) -> str:
         """What the checkpoint calls a tensor."""

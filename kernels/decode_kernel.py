@@ -1,7 +1,8 @@
 """Where attention of decode steps is a GPU's kernel, which takes all sequences at once.
 
 Whether there is one is found out when blocks are made, by a try: so it is compiled before the first
-step, and a machine where it cannot be (Triton needs a C compiler) does without it.
+step, and a machine where it cannot be (Triton needs a C compiler) does without it. Other numbers
+of sequences may take another variant of it, which is compiled when they come, and may fail then.
 
 Shapes: S rows, one for each sequence, K key and value heads, T tokens of the arena, H head size.
 """
@@ -12,6 +13,7 @@ import functools
 import importlib
 import logging
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Protocol
@@ -34,6 +36,22 @@ DecodeKernel = Callable[
 
 _LEAST_CAPABILITY = {False: (7, 5), True: (8, 0)}
 """Of GPUs, without and with bfloat16: those whose tensor cores Triton's products are for."""
+
+
+def kernel_failures() -> tuple[type[Exception], ...]:
+    """What is raised where a kernel cannot be compiled or started; for an ``except``.
+
+    Triton's own errors are plain exceptions. They are among these where it was imported: who never
+    did meets none of them. A want of memory is among them, too.
+    """
+    errors = sys.modules.get("triton.errors")
+    own = () if errors is None else (errors.TritonError,)
+    return (*own, RuntimeError, OSError, subprocess.SubprocessError)
+
+
+def tell_failure(error: Exception) -> None:
+    """Says that attention goes on without the kernel, and why."""
+    log.warning("sessions are attended to one after the other: %s", str(error)[:500])
 
 
 class Placed(Protocol):
@@ -77,7 +95,7 @@ def find_decode_kernel(
         return None
     try:
         kernels: ModuleType = importlib.import_module("kernels.triton.decode_attention")
-        errors = importlib.import_module("triton.errors")
+        importlib.import_module("triton.errors")
     except ImportError:
         return None
     if not kernels.can_attend(dtype, heads, kv_heads, head_size):
@@ -89,8 +107,8 @@ def find_decode_kernel(
         _try_out(found, device, dtype, (heads, kv_heads, head_size))
     except torch.OutOfMemoryError:  # which has nothing to do with the kernel
         raise
-    except (errors.TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        log.warning("sessions are attended to one after the other: %s", str(error)[:500])
+    except kernel_failures() as error:
+        tell_failure(error)
         return None
     return found
 

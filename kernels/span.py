@@ -17,7 +17,7 @@ import torch
 from kernels.adapter import SpanAdapter
 from kernels.block import DecoderBlock, Place
 from kernels.checkpoint import Checkpoint
-from kernels.decode_kernel import place_rows
+from kernels.decode_kernel import kernel_failures, place_rows, tell_failure
 from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
 from kernels.kv_cache import CacheArena, SequenceCache
 from kernels.layer_loader import LayerLoader
@@ -73,7 +73,7 @@ class Span:
         ]
 
     def record_steps(self, record: Recorder) -> bool:
-        """Has decode steps recorded from now on, each when it is run first.
+        """Has decode steps recorded from now on, each when it is run first; see `StepGraphs`.
 
         A step that cannot be recorded is run as before, and so are all after it; `graphs_failure`
         says why.
@@ -150,16 +150,40 @@ class Span:
         adapters: Sequence[SpanAdapter],
     ) -> torch.Tensor:
         positions = self._positions(places)
-        if self._graphs is not None and not adapters and self._graphs.takes(places):
+        if self._graphs is not None and not adapters and self._graphs.takes(places, blocks):
             try:
                 return self._graphs.run(hidden_SD, positions, places, arena, blocks)
-            # The class of all that CUDA refuses; for a graph's own memory there may be no room.
-            except RuntimeError as error:
-                self._graphs, self.graphs_failure = None, str(error)
-        places_2S = None
+            # Among them is all that CUDA refuses; for a graph's own memory there may be no room.
+            except kernel_failures() as error:
+                self._graphs, self.graphs_failure = None, str(error) or type(error).__name__
         # For one sequence torch's own attention is started in less time.
-        if self._has_decode_kernel and 1 < len(places) == hidden_SD.shape[0]:
+        if not (self._has_decode_kernel and 1 < len(places) == hidden_SD.shape[0]):
+            return self._run(hidden_SD, positions, places, arena, blocks, adapters, None)
+        try:
             places_2S = place_rows(places, self.device)
+            return self._run(hidden_SD, positions, places, arena, blocks, adapters, places_2S)
+        except torch.OutOfMemoryError:  # which has nothing to do with the kernel
+            raise
+        except kernel_failures() as error:
+            output_SD = self._run(hidden_SD, positions, places, arena, blocks, adapters, None)
+            self._has_decode_kernel = False  # it was the kernel, since all goes well without it
+            tell_failure(error)
+            return output_SD
+
+    def _run(
+        self,
+        hidden_SD: torch.Tensor,
+        positions: Positions,
+        places: Sequence[Place],
+        arena: CacheArena,
+        blocks: tuple[int, int],
+        adapters: Sequence[SpanAdapter],
+        places_2S: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Launches a step's kernels one by one, attention to all sequences where there are places.
+
+        What the cache has of these tokens is written anew where it is done a second time.
+        """
         for index in range(*blocks):
             cache_KTH = arena.keys_KTH[index], arena.values_KTH[index]
             in_block = [adapter.in_block(self.start + index) for adapter in adapters]

@@ -6,6 +6,11 @@ when that comes up first, as a graph that one call launches: a whole step, where
 kernel that reads from a tensor where the sequences are. Attention whose shapes grow with every
 token stays outside, and what lies between two such attentions is a graph.
 
+Others choose through which blocks their steps go. So what goes through a part of them is recorded
+only when it has come up several times, and of such recordings there are only so many: the one that
+was used longest ago is freed for the next. Steps through all of them are recorded at once, and
+stay.
+
 What a graph reads and writes must always lie in the same places, so its inputs and outputs are
 buffers, one set for each number of rows, and the arena is that of the recording. Recording is done
 by a `Recorder`: `CudaRecorder` makes CUDA graphs; in tests, one for the CPU calls the work again.
@@ -32,6 +37,14 @@ MAX_ROWS = 16
 WARM_UPS = 2
 """Runs before a recording, in which libraries allocate what they need and choose their kernels."""
 
+RECORD_AT = WARM_UPS + 1
+"""A part is recorded when it comes up for the third time: recording runs it as often. So, by ski
+rental, recordings take about as long as the steps themselves at most, whatever is asked for."""
+
+MAX_PARTS = MAX_ROWS
+"""Recorded parts, of one number of rows each: as many as all blocks have recordings, none of which
+is smaller. So parts take no more memory than those do."""
+
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 """Runs some work, and gives what does the same work again on the same memory."""
 
@@ -55,10 +68,12 @@ class CudaRecorder:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                for _ in range(WARM_UPS):
-                    work()
-            current.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(WARM_UPS):
+                        work()
+            finally:  # also where it fails: what is done instead writes to the same places
+                current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads go on using the device meanwhile: they encode what is sent.
             with torch.cuda.graph(
@@ -66,6 +81,10 @@ class CudaRecorder:
             ):
                 work()
         return graph.replay
+
+
+_Part = tuple[int, int, int]
+"""A number of rows, and through which blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +129,8 @@ class StepGraphs:
         self._record = record
         self._buffers: dict[int, _Buffers] = {}
         self._graphs: dict[_Piece, Callable[[], None]] = {}
+        self._parts: dict[_Part, int] = {}  # how often each has come up
+        self._recorded_parts: dict[_Part, None] = {}  # the one used last is the last
         self._arena: weakref.ref[CacheArena] | None = None
 
     @property
@@ -117,9 +138,30 @@ class StepGraphs:
         """How many graphs there are."""
         return len(self._graphs)
 
-    def takes(self, places: Sequence[Place]) -> bool:
-        """Whether it is a decode step, of not too many sequences."""
-        return len(places) <= MAX_ROWS and all(place.tokens == 1 for place in places)
+    def takes(self, places: Sequence[Place], blocks: tuple[int, int]) -> bool:
+        """Whether `run` is to do a step; counts how often its blocks are gone through.
+
+        It is one of not too many sequences, each of one token, through all blocks or through some
+        that come up often.
+
+        Args:
+            places: of the sequences.
+            blocks: as for `run`.
+        """
+        rows = len(places)
+        if rows > MAX_ROWS or any(place.tokens != 1 for place in places):
+            return False
+        if blocks == (0, len(self._blocks)):
+            return True
+        part = rows, *blocks
+        seen = self._parts[part] = self._parts.get(part, 0) + 1
+        if seen < RECORD_AT:
+            return False
+        self._recorded_parts.pop(part, None)
+        self._recorded_parts[part] = None
+        if len(self._recorded_parts) > MAX_PARTS:
+            self._free(next(iter(self._recorded_parts)))
+        return True
 
     def run(
         self,
@@ -139,8 +181,8 @@ class StepGraphs:
             blocks: the first, and the one after the last, counted from the span's first.
 
         Raises:
-            RuntimeError: the work cannot be recorded on this device. What the cache has of these
-                tokens is to be written again.
+            `kernels.decode_kernel.kernel_failures`: the work cannot be recorded on this device.
+                What the cache has of these tokens is to be written again.
         """
         self._attach(arena)
         rows = len(places)
@@ -163,6 +205,13 @@ class StepGraphs:
                 attend = self._blocks[piece.begun].attend
                 buffers.attended_SA.copy_(attend(buffers.projected, places, cache_KTH))
         return buffers.hidden_SD.clone()
+
+    def _free(self, part: _Part) -> None:
+        """Forgets a part, which then has to come up anew, and the graphs that no others need."""
+        del self._parts[part], self._recorded_parts[part]
+        whole = [(rows, 0, len(self._blocks)) for rows in self._buffers]
+        kept = {piece for one in [*whole, *self._recorded_parts] for piece in self._cut(*one)}
+        self._graphs = {piece: graph for piece, graph in self._graphs.items() if piece in kept}
 
     def _attach(self, arena: CacheArena) -> None:
         """Forgets the graphs that read another arena."""

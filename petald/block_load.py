@@ -226,7 +226,7 @@ def _counts(server: Server, view: SwarmView) -> bool:
 
 def _speeds(servers: Iterable[Server]) -> Floats:
     """Block-steps a second of each server, within reason."""
-    steps = [(one.end - one.start, one.announcement.step_ms) for one in servers]
+    steps = [(one.end - one.start, one.step_ms) for one in servers]
     speeds = np.array([1e3 * blocks / step_ms if step_ms > 0 else 0.0 for blocks, step_ms in steps])
     measured = speeds[speeds > 0]
     typical = float(np.median(measured)) if len(measured) else 1.0

@@ -15,10 +15,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import numpy as np
-
 from petald.span_choice import ModelOffer, choose_span
-from petald.span_scores import score_spans
 
 M = TypeVar("M", bound=Hashable)
 
@@ -104,16 +101,15 @@ class ModelChoice(Generic[M]):
         own = offers[self._current]
         start, end = span
         stayed_s = now - self._since
-        has_gap = bool(
-            (own.load.planned_L[:start] == 0).any() or (own.load.planned_L[end:] == 0).any()
-        )
-        if stayed_s < settings.urgent_stay_s or has_gap or not can_leave(own, span):
+        is_gap_L = (own.load.planned_L == 0) & own.is_here  # what is not here it cannot cover
+        is_gap_L[start:end] = False
+        if stayed_s < settings.urgent_stay_s or is_gap_L.any() or not can_leave(own, span):
             return None
         gains: dict[M, tuple[float, float]] = {}
         for name, offer in offers.items():
             if name == self._current or offer.capacity.fit < 1:
                 continue
-            covered = _coverable(offer)
+            covered = offer.coverable
             lift = self._lift(own, span, offer)
             if covered or (stayed_s >= settings.stay_s and lift >= settings.min_gain):
                 gains[name] = covered, lift
@@ -145,12 +141,3 @@ class ModelChoice(Generic[M]):
 def can_leave(own: ModelOffer, span: tuple[int, int]) -> bool:
     """Whether somebody else serves every block of a span, and stays on it."""
     return bool((own.load.settled_L[slice(*span)] > 0).all())
-
-
-def _coverable(offer: ModelOffer) -> float:
-    """The part of a model that nobody serves and this server could, at most."""
-    if offer.load.planned_L.all():
-        return 0.0
-    scores = score_spans(offer.load, offer.capacity)
-    covered_WS = np.where(scores.is_possible_WS, scores.newly_covered_WS, 0.0)
-    return float(covered_WS.max()) / offer.load.num_blocks

@@ -55,6 +55,13 @@ MOST_LOADING_S = 900.0
 """Whoever says for longer that it is about to serve some blocks is not counted on any more: the
 weights of a span are loaded in less, and a liar must not keep others from blocks that need them."""
 
+MAX_LOADING = 16384
+"""Loading servers that are remembered, of views of 10,000 and more; who was seen longest ago is
+forgotten first."""
+
+MAX_MISSING = 1024
+"""Servers whose missed pings are remembered: some 30 looks' worth of them."""
+
 MISSES = 2
 """Whoever is one of so few that hold a block is pinged, and left out of what is decided by when it
 has not answered twice in a row."""
@@ -104,7 +111,7 @@ class Mover:
         )
         self._servers = 0
         self._misses: dict[str, int] = {}
-        self._loading_since: dict[str, float] = {}
+        self._loading_seen: dict[str, tuple[float, float]] = {}  # first, and last
         self._prepared: Hosting | None = None
         self._loading: trio.CancelScope | None = None
         self._wake = trio.Event()
@@ -212,55 +219,80 @@ class Mover:
     async def _read_load(self) -> BlockLoad:
         """What is decided by: the view, and a whole one where that is a sample and lacks blocks."""
         own, is_urgent = self._network.peer, self._planner.is_urgent
-        load = read_load(await self._read_view(), own=own)
+        asked: set[str] = set()
+        load = read_load(await self._read_view(asked), own=own)
         if not wants_whole(load, is_urgent=is_urgent):
             return load
-        whole = await self._read_whole(max_age_s=0.0 if is_urgent else WHOLE_AGE_S)
+        whole = await self._read_whole(asked, max_age_s=0.0 if is_urgent else WHOLE_AGE_S)
         if whole.has_gap and not is_urgent:  # it may have been mended since
-            whole = await self._read_whole(max_age_s=0.0)
+            whole = await self._read_whole(asked, max_age_s=0.0)
         return confirm_gaps(load, whole, is_urgent=is_urgent)
 
-    async def _read_whole(self, *, max_age_s: float) -> BlockLoad:
-        view = await self._router.read_view(self._serving.identity, max_age_s=max_age_s, whole=True)
-        return read_load(view, own=self._network.peer)
-
-    async def _read_view(self) -> SwarmView:
-        """The view, without those that do not answer though much depends on them."""
+    async def _read_view(self, asked: set[str]) -> SwarmView:
         view = await self._router.read_view(self._serving.identity, max_age_s=0.0)
         self._servers = len(view.servers)
-        asked = self._find_vital(view)
+        return await self._keep_reliable(view, asked)
+
+    async def _read_whole(self, asked: set[str], *, max_age_s: float) -> BlockLoad:
+        view = await self._router.read_view(self._serving.identity, max_age_s=max_age_s, whole=True)
+        return read_load(await self._keep_reliable(view, asked), own=self._network.peer)
+
+    async def _keep_reliable(self, view: SwarmView, asked: set[str]) -> SwarmView:
+        """A view without those that do not answer though much depends on them, or load for ever.
+
+        Args:
+            view: a sample, or whole; what is found out in one holds for the other.
+            asked: whom this look has pinged; more are added. Two misses at once may be one chance.
+        """
+        vital = self._find_vital(view, asked)
+        asked.update(server.peer for server in vital)
         async with trio.open_nursery() as nursery:
-            for server in asked:
+            for server in vital:
                 nursery.start_soon(self._ping, server.peer)
-        known = {server.peer for server in view.servers}
-        self._misses = {peer: count for peer, count in self._misses.items() if peer in known}
-        dead = {peer for peer, count in self._misses.items() if count >= MISSES}
-        dead |= self._find_endless(view)
-        if not dead:
+        if view.share >= 1:  # a sample does not tell who is gone
+            known = {server.peer for server in view.servers}
+            self._misses = {peer: count for peer, count in self._misses.items() if peer in known}
+        for peer in list(self._misses)[:-MAX_MISSING]:
+            del self._misses[peer]
+        unreliable = {peer for peer, count in self._misses.items() if count >= MISSES}
+        unreliable |= self._find_endless(view)
+        if not unreliable:
             return view
         return replace(
-            view, servers=tuple(server for server in view.servers if server.peer not in dead)
+            view, servers=tuple(server for server in view.servers if server.peer not in unreliable)
         )
 
     def _find_endless(self, view: SwarmView) -> set[str]:
         """Servers that have been loading for too long, by when they were first seen to."""
         now = trio.current_time()
-        loading = [
-            one.peer for one in view.servers if one.announcement.state == ServerState.LOADING
-        ]
-        self._loading_since = {peer: self._loading_since.get(peer, now) for peer in loading}
-        return {peer for peer in loading if now - self._loading_since[peer] > MOST_LOADING_S}
+        endless = set()
+        for server in view.servers:
+            peer, known = server.peer, self._loading_seen.pop(server.peer, None)
+            if server.announcement.state != ServerState.LOADING:
+                continue
+            since = now if known is None else known[0]
+            self._loading_seen[peer] = since, now
+            if now - since > MOST_LOADING_S:
+                endless.add(peer)
+        kept = list(self._loading_seen.items())[-MAX_LOADING:]  # in the order of the last time
+        self._loading_seen = {peer: seen for peer, seen in kept if now - seen[1] <= MOST_LOADING_S}
+        return endless
 
-    def _find_vital(self, view: SwarmView) -> Sequence[Server]:
+    def _find_vital(self, view: SwarmView, asked: set[str]) -> Sequence[Server]:
         coverage = view.coverage()
+        # In a small sample nobody would be one of few in all: who is alone in it is asked, then.
+        few = max(1.0, FEW_SERVERS * view.share)
         vital = [
             server
             for server in view.servers
-            if server.peer in self._misses
-            or (
-                server.announcement.state != ServerState.LEAVING
-                and server.peer != self._network.peer
-                and min(coverage[server.start : server.end]) <= FEW_SERVERS * view.share
+            if server.peer not in asked
+            and (
+                server.peer in self._misses
+                or (
+                    server.announcement.state != ServerState.LEAVING
+                    and server.peer != self._network.peer
+                    and min(coverage[server.start : server.end]) <= few
+                )
             )
         ]
         return vital if len(vital) <= MAX_PINGED else self._rng.sample(vital, MAX_PINGED)

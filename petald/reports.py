@@ -158,7 +158,7 @@ def _server_status(server: Server) -> ServerStatus:
         dtype=said.dtype,
         quant=said.quant,
         codec=said.codec,
-        steps_per_s=1e3 / said.step_ms if said.step_ms > 0 else 0.0,
+        steps_per_s=1e3 / server.step_ms if server.step_ms > 0 else 0.0,
         free_cache_tokens=said.free_cache_tokens,
         cache_tokens=said.cache_tokens,
         round_trip_s=server.round_trip_s,

@@ -15,6 +15,7 @@ import numpy as np
 
 from petald.block_load import BlockLoad, Capacity
 from petald.span_scores import score_spans
+from petald.swarm import Booleans
 
 AS_GOOD = 0.01
 """Spans whose gain is within this part of the best one's are as good: the view is older than that
@@ -36,6 +37,20 @@ class ModelOffer:
     load: BlockLoad
     capacity: Capacity
     demand: float | None = None
+
+    @property
+    def is_here(self) -> Booleans:
+        """Of which blocks this server has the weights, ``(L,)``."""
+        return ~np.isin(np.arange(self.load.num_blocks), list(self.capacity.missing))
+
+    @property
+    def coverable(self) -> float:
+        """The part of the model that nobody serves and this server could, at most."""
+        if self.load.planned_L.all():
+            return 0.0
+        scores = score_spans(self.load, self.capacity)
+        covered_WS = np.where(scores.is_possible_WS, scores.newly_covered_WS, 0.0)
+        return float(covered_WS.max()) / self.load.num_blocks
 
 
 def choose_span(load: BlockLoad, capacity: Capacity, *, rng: random.Random) -> tuple[int, int]:
@@ -73,25 +88,25 @@ def _choose_tile(num_blocks: int, fit: int, rng: random.Random) -> tuple[int, in
 def choose_model(offers: Mapping[M, ModelOffer], *, rng: random.Random) -> M:
     """The model that needs a server most.
 
-    First comes the one with most uncovered blocks, relative to its size. Where all are covered,
-    the one whose least-served block is furthest behind what is asked of it. A model whose demand
-    is not known is taken to be asked for what it would get if the throughput of all the models
-    were shared out evenly.
+    First comes the one of which this server can cover most that nobody does, relative to its size.
+    Where it can cover nothing anew, the one whose least-served block is furthest behind what is
+    asked of it, of the blocks that are here. A model whose demand is not known is taken to be asked
+    for what it would get if the throughput of all the models were shared out evenly.
 
     Args:
-        offers: by whatever the models are known by, one at least; a block of each fits.
+        offers: by whatever the models are known by, one at least; a block of each fits and is here.
         rng: breaks ties.
     """
     bounds = [float(offer.load.throughput_L.mean()) / offer.load.share for offer in offers.values()]
     usual = sum(bounds) / len(bounds)
 
     def need(offer: ModelOffer) -> tuple[float, float]:
-        uncovered = float(np.mean(offer.load.planned_L == 0))
+        coverable = offer.coverable
         demand = usual if offer.demand is None else offer.demand
-        served = float(offer.load.throughput_L.min()) / offer.load.share
+        served = float(offer.load.throughput_L[offer.is_here].min()) / offer.load.share
         if demand <= 0:
-            return -uncovered, float("inf")
-        return -uncovered, served / demand
+            return -coverable, float("inf")
+        return -coverable, served / demand
 
     needs = {name: need(offer) for name, offer in offers.items()}
     most = min(needs.values())

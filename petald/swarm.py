@@ -45,6 +45,10 @@ PREFILL_SPEED_UP = 4.0
 """A token within a prefill takes a quarter of a decode step, at most, where nothing was measured:
 the weights are read once for many tokens."""
 
+LEAST_BLOCK_MS = 1e-3
+"""Of what a server says that a block takes: to start one of its kernels takes longer. What it says
+is not checked otherwise, and a rate made of next to nothing would be infinite."""
+
 Milliseconds = Annotated[float, Bound(0, 1e6)]
 AdapterName = Annotated[str, Bound(1, 96)]
 Floats = npt.NDArray[np.float64]
@@ -171,6 +175,12 @@ class Server:
     def end(self) -> int:
         """The block after its last."""
         return self.announcement.end
+
+    @property
+    def step_ms(self) -> float:
+        """Of a decode step through its span, not less than can be; zero where it was not told."""
+        told_ms = self.announcement.step_ms
+        return max(told_ms, LEAST_BLOCK_MS * (self.end - self.start)) if told_ms > 0 else 0.0
 
     @property
     def is_serving(self) -> bool:

@@ -97,6 +97,28 @@ def test_blocks_whose_files_are_not_here_are_known(tmp_path: Path, name: str) ->
     assert Checkpoint(folder).missing_blocks() == {1}
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_blocks_are_missing_where_more_than_their_weights_is(tmp_path: Path, name: str) -> None:
+    model: Any = make_model(name)
+    folder = save_model(model if name == "llama" else model.transformer, tmp_path)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    file_of = dict.fromkeys(names, "model.safetensors")
+    matrix = next(one for one in names if re.search(r"\.2\..*dense.weight|\.2\..*q_proj", one))
+    file_of[f"{matrix}.absmax"] = "scales.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+    assert Checkpoint(folder).missing_blocks() == {2}
+    (folder / "scales.safetensors").touch()
+    assert not Checkpoint(folder).missing_blocks()
+
+
+def test_without_its_only_file_a_model_has_no_blocks(tmp_path: Path) -> None:
+    folder = save_model(make_model("llama"), tmp_path)
+    (folder / "model.safetensors").unlink()
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.missing_blocks() == set(range(checkpoint.config.num_blocks))
+
+
 @pytest.mark.parametrize("name", ["bloom", "gemma2", "llama"])
 def test_rows_that_are_no_tokens_enter_as_in_hugging_face(tmp_path: Path, name: str) -> None:
     model: Any = make_model(name)

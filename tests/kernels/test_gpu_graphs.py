@@ -17,11 +17,11 @@ from kernels.codecs.registry import find_codec
 from kernels.kv_cache import CacheArena
 from kernels.quant.int8_gpu import Int8GpuMatrix
 from kernels.span import Segment, Span
-from kernels.step_graphs import MAX_ROWS, CudaRecorder
+from kernels.step_graphs import MAX_PARTS, MAX_ROWS, RECORD_AT, CudaRecorder
 from kernels.weight_names import linear_sizes
 from tests.helpers.gpu import GPU, error_of, needs_gpu
 from tests.helpers.tiny_models import FAMILIES, make_model, save_model
-from tests.kernels.test_step_graphs import decode, load, open_caches
+from tests.kernels.test_step_graphs import decode, decode_parts, load, open_caches
 
 pytestmark = needs_gpu
 
@@ -155,7 +155,19 @@ def test_of_a_part_of_the_span(tmp_path: Path) -> None:
     expected_SD = run()
     span.record_steps(record)
     assert error_of(run(), expected_SD) < ROUNDING
-    assert (record.recorded, record.replays) == (1, 9)
+    assert (record.recorded, record.replays) == (1, 9 - RECORD_AT + 1)
+
+
+def test_of_many_parts_of_the_span(tmp_path: Path) -> None:
+    span, record = load(save_tiny(tmp_path), device=GPU), CountedRecorder()
+    caches = open_caches(span, 3)
+    expected_SD = decode_parts(span, caches)
+    span.record_steps(record)
+    assert error_of(decode_parts(span, caches), expected_SD) < ROUNDING
+    assert span.graphs_failure == ""
+    assert span._graphs is not None
+    assert span._graphs.recorded == MAX_PARTS + 3
+    assert record.recorded > span._graphs.recorded
 
 
 def test_steps_with_adapters_are_not_recorded_and_right(tmp_path: Path) -> None:

@@ -82,6 +82,14 @@ def test_a_gap_in_the_own_model_is_the_nearer_one() -> None:
     assert make().find_better((5, 10), {"own": own, "other": NOBODY}, LATER) is None
 
 
+def test_a_gap_in_blocks_that_are_not_here_keeps_nobody() -> None:
+    capacity = Capacity(fit=10, block_steps_per_s=10.0, missing=frozenset(range(5)))
+    own = ModelOffer(load=load_of(10, (5, 10, 10.0)), capacity=capacity)
+    assert make().find_better((5, 10), {"own": own, "other": offer((0, 7))}, 61.0) == "other"
+    unlike = {"own": EVEN, "other": own}
+    assert make().find_better(OWN, unlike, LATER) is None
+
+
 def test_a_model_is_kept_for_a_while_unless_another_one_has_a_gap() -> None:
     weak = offer((0, 10, 1.0))
     choice = make()

@@ -6,10 +6,12 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import trio
 
 from kernels.errors import CorruptCheckpoint
 from p2p.errors import PeerUnreachable
+from petald import mover as mover_module
 from petald.block_load import Capacity
 from petald.move_actions import MoveSettings, StartMove
 from petald.move_planner import MoveState
@@ -117,7 +119,7 @@ def make_mover(others: Any) -> Mover:
 
 
 async def peers(mover: Mover) -> set[str]:
-    return {server.peer for server in (await mover._read_view()).servers}
+    return {server.peer for server in (await mover._read_view(set())).servers}
 
 
 async def test_whoever_alone_holds_blocks_is_pinged_and_left_out_when_it_is_silent_twice() -> None:
@@ -170,7 +172,6 @@ async def test_a_sample_that_holds_every_block_is_enough() -> None:
     load = await make_mover(others)._read_load()
     assert load.share == 0.25
     assert others.whole_reads == []
-    assert others.pinged == []  # one of few in the sample, but of four times as many in all
 
 
 async def test_a_gap_is_mended_by_the_whole_view_to_the_end() -> None:
@@ -180,3 +181,51 @@ async def test_a_gap_is_mended_by_the_whole_view_to_the_end() -> None:
     mover._planner._is_urgent, mover._planner._state = True, MoveState.CLAIMED
     assert (await mover._read_load()).share == 1.0
     assert others.whole_reads == [0.0]
+
+
+async def test_whoever_is_alone_in_a_small_sample_is_pinged() -> None:
+    others = Others(*kin_of_own(*[(0, 2)] * 9, (2, 4)))
+    others.share = 0.25
+    mover = make_mover(others)
+    alone = others.servers[-1].peer
+    await mover._read_load()
+    assert others.pinged == [alone]
+    others.silent.add(alone)
+    await mover._read_load()
+    assert others.whole_reads == []
+    assert (await mover._read_load()).has_gap
+    assert others.whole_reads  # where it is left out, too
+
+
+async def test_the_dead_and_those_that_load_for_ever_hide_no_gap_in_a_whole_view(
+    autojump_clock: Any,
+) -> None:
+    for far in (server("dead", 2, 4), server("liar", 0, 4, ServerState.LOADING)):
+        others = Others(*kin_of_own(*[(0, 2)] * 9))
+        others.share, others.far = 0.25, (far,)
+        others.silent.add("dead")
+        mover = make_mover(others)
+        assert not (await mover._read_load()).has_gap
+        assert others.pinged.count(far.peer) == 1  # at each look once
+        for _ in range(4):  # samples in which it is not do not make it be forgotten
+            await trio.sleep(MOST_LOADING_S / 4 + 1)
+            await mover._read_view(set())
+            load = await mover._read_load()
+        assert load.has_gap
+        assert load.share == 1.0
+        mover._planner._is_urgent, mover._planner._state = True, MoveState.CLAIMED
+        assert (await mover._read_load()).has_gap
+
+
+async def test_loading_servers_are_remembered_for_a_time(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: Any
+) -> None:
+    monkeypatch.setattr(mover_module, "MAX_LOADING", 3)
+    others = Others(*[server(f"{number}", 2, 4, ServerState.LOADING) for number in range(9)])
+    mover = make_mover(others)
+    await mover._read_view(set())
+    assert len(mover._loading_seen) == 3
+    others.servers = ()
+    await trio.sleep(MOST_LOADING_S + 1)
+    await mover._read_view(set())
+    assert not mover._loading_seen

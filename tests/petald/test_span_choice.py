@@ -11,6 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petald.block_load import Capacity, confirm_gaps, read_load, wants_whole
+from petald.model_choice import ChoiceSettings, ModelChoice
+from petald.move_actions import MoveSettings
+from petald.move_planner import MovePlanner
+from petald.reports import _server_status
 from petald.span_choice import AS_GOOD, ModelOffer, choose_model, choose_span
 from petald.span_scores import (
     FLOOR,
@@ -166,6 +170,51 @@ def test_what_was_not_measured_counts_as_typical_and_what_is_absurd_is_cut() -> 
     assert load.throughput_L == pytest.approx([2.0] * 6 + [200.0])
 
 
+announced_ms = st.sampled_from([0.0, 5e-324, 1e-308, 1e-300, 1e-9, 1e-3, 1.0, 1e6]) | st.floats(
+    0.0, 1e6
+)
+announcements = st.tuples(spans, announced_ms, st.none() | spans, st.booleans())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(announcements, max_size=6),
+    st.sampled_from([1.0, 0.5, 1e-4]),
+    st.sampled_from([0.0, 1e-9, 1.0, 1e9]),
+    st.integers(1, 10),
+)
+def test_whatever_is_announced_what_is_decided_by_is_finite(said, share, speed, fit) -> None:
+    view = view_of(
+        10,
+        {
+            str(number): replace(
+                announcement(start, end, claim=None if claim is None else (*claim[:2], 1)),
+                step_ms=step_ms,
+                state="serving" if is_serving else "loading",
+            )
+            for number, ((start, end, _), step_ms, claim, is_serving) in enumerate(said)
+        },
+    )
+    load = read_load(replace(view, share=share))
+    assert np.isfinite(load.throughput_L).all()
+    assert 0 < load.typical < np.inf
+    assert all(np.isfinite(one.block_steps_per_s) for one in load.claims)
+    assert all(np.isfinite(_server_status(one).steps_per_s) for one in view.servers)
+    capacity, rng = Capacity(fit=fit, block_steps_per_s=speed), random.Random(0)
+    choose_span(load, capacity, rng=rng)
+    offers = {
+        "own": ModelOffer(load=load_of(10, *[(0, 10)] * 3), capacity=capacity),
+        "other": ModelOffer(load=load, capacity=capacity),
+    }
+    choose_model(offers, rng=rng)
+    for current in offers:
+        choice = ModelChoice(current, settings=ChoiceSettings(), now=0.0, rng=rng)
+        choice.find_better((0, fit), offers, 1e5)
+    planner = MovePlanner("me", (0, fit), capacity, settings=MoveSettings(), now=0.0, rng=rng)
+    for at in (400.0, 5000.0, 6000.0):
+        planner.on_load(load, at)
+
+
 def test_the_model_with_uncovered_blocks_comes_first_and_then_the_hungriest() -> None:
     rng = random.Random(0)
     one = Capacity(fit=4)
@@ -183,6 +232,17 @@ def test_the_model_with_uncovered_blocks_comes_first_and_then_the_hungriest() ->
     assert choose_model(offers, rng=rng) == "whole"
     offers["rich"] = ModelOffer(load=rich, capacity=one, demand=1000.0)
     assert choose_model(offers, rng=rng) == "rich"
+
+
+def test_blocks_that_are_not_here_make_no_model_needier() -> None:
+    partial = Capacity(fit=10, missing=frozenset(range(5)))
+    lacking = ModelOffer(load=load_of(10, (5, 10)), capacity=partial)
+    coverable = ModelOffer(load=load_of(10, (0, 7)), capacity=Capacity(fit=10))
+    rng = random.Random(0)
+    assert choose_model({"lacking": lacking, "coverable": coverable}, rng=rng) == "coverable"
+    weak = ModelOffer(load=load_of(10, (0, 10)), capacity=Capacity(fit=10), demand=1.0)
+    lacking = replace(lacking, demand=1.0)  # a fifth for each block that is here; a tenth
+    assert choose_model({"lacking": lacking, "weak": weak}, rng=rng) == "weak"
 
 
 def test_of_models_a_sampled_one_counts_for_all_its_servers() -> None:
