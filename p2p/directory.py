@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -105,9 +105,8 @@ class _Reading:
         self.is_shard = is_shard
         self.released = trio.Event()
 
-    def release(self, holder: str, claimed: Iterable[bytes]) -> None:
-        """Lets others fetch what this holder has not given."""
-        self.memory.release(holder, claimed)
+    def wake(self) -> None:
+        """Lets others fetch what a holder has not given."""
         self.released.set()
         self.released = trio.Event()
 
@@ -274,7 +273,7 @@ class Directory:
                 with trio.fail_after(SHARD_DEADLINE_S if reading.is_shard else CALL_DEADLINE_S):
                     await self._read_from(reading, holder)
         except (P2PError, trio.TooSlowError):
-            pass  # this is why several are asked
+            memory.silent.add(holder)  # this is why several are asked
         reading.read.on_end(holder)
         if reading.is_shard:
             if memory.is_enough(self._clock()):
@@ -288,7 +287,7 @@ class Directory:
         now, wall_now, own = self._clock(), self._wall_clock(), self._network.peer
         rows = self._store.list_rows(memory.key, now=now)
         memory.on_list(own, rows, now=now, wall_now=wall_now)
-        while claimed := memory.claim(own):
+        while claimed := memory.claim(own, now):
             records = self._store.get(memory.key, now=now, peers=claimed)
             memory.on_records(own, claimed, records, now=now, wall_now=wall_now)
 
@@ -300,13 +299,16 @@ class Directory:
             rows = decode_rows(expect(await _receive(messages), RecordList).rows)
             memory.on_list(holder, rows, now=self._clock(), wall_now=self._wall_clock())
             while True:
-                claimed = memory.claim(holder)
+                now = self._clock()
+                claimed = memory.claim(holder, now)
                 if claimed:
                     await self._fetch(messages, reading, holder, claimed)
-                elif memory.is_waiting(holder):
-                    await reading.released.wait()
-                else:
+                    continue
+                until = memory.waits_until(holder)
+                if until is None:
                     return
+                with trio.move_on_after(until - now):
+                    await reading.released.wait()
 
     async def _fetch(
         self, messages: MessageStream, reading: _Reading, holder: str, claimed: tuple[bytes, ...]
@@ -315,11 +317,15 @@ class Directory:
         try:
             await messages.send(GetRecords(key=memory.key, peers=claimed))
             records = expect(await _receive(messages), Records).records
+        except BaseException:
+            memory.release(holder, claimed, self._clock())
+            raise
+        else:
             memory.on_records(
                 holder, claimed, records, now=self._clock(), wall_now=self._wall_clock()
             )
         finally:
-            reading.release(holder, claimed)
+            reading.wake()
 
     def _model(self, key: bytes) -> _Model:
         model = self._models.get(key)

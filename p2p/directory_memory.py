@@ -35,6 +35,11 @@ ALL_ASKED_S = 20.0
 which was a period of announcements old at most. So whoever makes records fade, by letting many
 identities die, makes readers ask eight holders in this time and not at each look."""
 
+CLAIM_S = 0.4
+"""Where a holder has not given records for so long, another one is asked for them, too, and after
+half as long the next. So however many hang, all that listed a record are asked for it within twice
+this time, which is less than a reader waits for slow holders."""
+
 MOST_MISSING = 8
 MOST_MISSING_PART = 1 / 2
 """Of the records that are fetched from a holder, those it may not have any more: some expire, and
@@ -80,6 +85,21 @@ class Known:
         return self.arrived_at + self.record.ttl_s
 
 
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    """A record that is being fetched.
+
+    Attributes:
+        holder: who was asked for it last.
+        patience_s: how long it has.
+        stale_at: from when on another one may be asked.
+    """
+
+    holder: str
+    patience_s: float
+    stale_at: float
+
+
 class KeyMemory:
     """What one reader knows under one key.
 
@@ -89,18 +109,21 @@ class KeyMemory:
 
     Attributes:
         liars: holders that gave at this read what cannot be true, or not what they listed.
+        silent: holders that listed at this read what they then did not give in time.
     """
 
     def __init__(self, key: bytes, *, is_signed: Callable[[SignedRecord], bool]) -> None:
         self.key = key
         self.liars: set[str] = set()
+        self.silent: set[str] = set()
         self._is_signed = is_signed
         self._known: dict[bytes, Known] = {}
         self._lists: dict[str, frozenset[bytes]] = {}
         self._wanted: dict[str, dict[bytes, Row]] = {}
         self._expected: Mapping[bytes, float] = {}
         self._refused: dict[bytes, int] = {}
-        self._under_way: set[bytes] = set()
+        self._under_way: dict[bytes, _Fetch] = {}
+        self._claimed: dict[str, dict[bytes, Row]] = {}
         self._now = self._wall_now = 0.0
         self._read_at: float | None = None
         self._is_cold = True
@@ -118,9 +141,11 @@ class KeyMemory:
         """
         self._expected = expected or {}
         self.liars.clear()
+        self.silent.clear()
         self._lists.clear()
         self._wanted.clear()
         self._under_way.clear()
+        self._claimed.clear()
         if len(self._refused) > MAX_KNOWN:
             self._refused.clear()
         longest_ttl_s = max((one.record.ttl_s for one in self._known.values()), default=0.0)
@@ -143,25 +168,38 @@ class KeyMemory:
         self._lists[holder] = frozenset(row.peer for row in rows[:MAX_ROWS])
         self._wanted[holder] = wanted
 
-    def claim(self, holder: str) -> tuple[bytes, ...]:
+    def claim(self, holder: str, now: float) -> tuple[bytes, ...]:
         """What to fetch from a holder now: what it listed, is not known, and not being fetched.
 
+        What another one has been asked for and has not given in time counts as not being fetched.
         Give it to `on_records`, or to `release` where no answer came.
         """
-        chosen = [digest for digest in self._open(holder) if digest not in self._under_way]
-        del chosen[MAX_RECORDS_PER_MESSAGE:]
-        self._under_way.update(chosen)
+        chosen: dict[bytes, Row] = {}
+        for digest in self._open(holder):
+            fetch = self._under_way.get(digest)
+            if fetch is None or fetch.stale_at <= now:
+                chosen[digest] = self._wanted[holder][digest]
+                if len(chosen) == MAX_RECORDS_PER_MESSAGE:
+                    break
+        for digest in chosen:
+            fetch = self._under_way.get(digest)
+            patience_s = CLAIM_S if fetch is None else fetch.patience_s / 2
+            self._under_way[digest] = _Fetch(holder, patience_s, now + patience_s)
+        self._claimed[holder] = chosen
         return tuple(chosen)
 
-    def is_waiting(self, holder: str) -> bool:
-        """Whether something that this holder could give is being fetched from another."""
-        return any(digest in self._under_way for digest in self._open(holder))
+    def waits_until(self, holder: str) -> float | None:
+        """Until when something that this holder could give is being fetched from others only."""
+        open_ones = (self._under_way.get(digest) for digest in self._open(holder))
+        return min((fetch.stale_at for fetch in open_ones if fetch is not None), default=None)
 
-    def release(self, holder: str, claimed: Iterable[bytes]) -> None:
-        """The fetching of these from a holder is over, well or not."""
+    def release(self, holder: str, claimed: Iterable[bytes], now: float) -> None:
+        """No answer came from a holder of which these were claimed."""
         for digest in claimed:
-            self._under_way.discard(digest)
-            self._wanted[holder].pop(digest, None)
+            fetch = self._under_way.get(digest)
+            if fetch is None or fetch.holder != holder or fetch.stale_at <= now:
+                self.silent.add(holder)
+        self._end_claim(holder, claimed)
 
     def on_records(
         self,
@@ -179,7 +217,7 @@ class KeyMemory:
         """
         self._now, self._wall_now = now, wall_now
         asked = set(claimed)
-        listed = self._wanted[holder]
+        listed = self._claimed.get(holder, {})
         for record in records:
             digest = peer_digest(record.peer)
             if digest not in asked:
@@ -191,7 +229,7 @@ class KeyMemory:
                 break
         if len(asked) > max(MOST_MISSING, len(claimed) * MOST_MISSING_PART):
             self._convict(holder)
-        self.release(holder, claimed)
+        self._end_claim(holder, claimed)
 
     def is_enough(self, now: float) -> bool:
         """Whether the holders' answers so far can be believed to be the whole.
@@ -242,7 +280,7 @@ class KeyMemory:
 
     def _is_lacking(self, holder: str, living: Set[bytes]) -> bool:
         listed = self._lists.get(holder)
-        if listed is None or holder in self.liars:
+        if listed is None or holder in self.liars or holder in self.silent:
             return True
         lacking = len(living - listed)
         return len(listed) < MAX_ROWS and lacking > len(living) * MOST_LACKING
@@ -256,6 +294,14 @@ class KeyMemory:
                 del wanted[digest]
                 self._take_beat(known, row)
         return list(wanted)
+
+    def _end_claim(self, holder: str, claimed: Iterable[bytes]) -> None:
+        self._claimed.pop(holder, None)
+        for digest in claimed:
+            self._wanted[holder].pop(digest, None)
+            fetch = self._under_way.get(digest)
+            if fetch is not None and fetch.holder == holder:
+                del self._under_way[digest]
 
     def _convict(self, holder: str) -> None:
         self.liars.add(holder)

@@ -44,7 +44,7 @@ class KeyRead:
         self._book = book
         self._is_shard = is_shard
         self._queue = book.order(holders, now, rng=rng)
-        self._trusted = sum(book.standing(one, now) != Standing.LIAR for one in holders)
+        self._trusted = sum(book.standing(one, now) < Standing.SILENT for one in holders)
         self._asked: list[str] = []
         self._ended: set[str] = set()
 
@@ -72,8 +72,10 @@ class KeyRead:
         """The read is over: remembers how the holders did."""
         self._memory.finish(now)
         lacking = set(self._memory.find_bad(self._ended, now))
-        for holder in self._ended:
+        for holder in self._ended | self._memory.silent:
             standing = Standing.LACKING if holder in lacking else Standing.GOOD
+            if holder in self._memory.silent:
+                standing = Standing.SILENT
             if holder in self._memory.liars:
                 standing = Standing.LIAR
             self._book.note(holder, standing, now)
