@@ -198,6 +198,7 @@ class Directory:
         model = self._model(key)
         sample = model.memory.sample
         async with model.lock:
+            model.memory.begin_lookup(self._clock())
             for _ in range(MAX_ROUNDS):
                 await self._read_shards(model, model.memory.due(self._clock()))
                 model.looked_at = self._clock()

@@ -257,6 +257,11 @@ class KeyMemory:
         return [holder for holder in holders if self._is_lacking(holder, living)]
 
     @property
+    def read_at(self) -> float | None:
+        """When a read ended last in which a holder answered."""
+        return self._read_at
+
+    @property
     def is_cold(self) -> bool:
         """Whether what is remembered from earlier reads is of no use."""
         return self._is_cold

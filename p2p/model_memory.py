@@ -6,6 +6,7 @@ that no server is forgotten because the swarm grew or shrank.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -100,7 +101,11 @@ class ModelMemory:
         self._key = key
         self._is_signed = is_signed
         self._memories: dict[bytes, KeyMemory] = {}
-        self._read_at: dict[bytes, float] = {}
+        self._begun_at: dict[bytes, float] = {}
+
+    def begin_lookup(self, now: float) -> None:
+        """A lookup begins, of one or several rounds."""
+        self.sample.begin(is_anything_known=bool(self.living(now)))
 
     def due(self, now: float) -> tuple[Shard, ...]:
         """Which shards of the sample to read now.
@@ -111,11 +116,11 @@ class ModelMemory:
         shards = self.sample.shards
         if self.sample.share == 1:
             return shards
-        return tuple(
-            shard
-            for shard in shards
-            if now - self._read_at.get(shard.key(self._key), -SHARD_AGE_S) >= SHARD_AGE_S
-        )
+        return tuple(shard for shard in shards if now - self._read_at(shard) >= SHARD_AGE_S)
+
+    def _read_at(self, shard: Shard) -> float:
+        memory = self._memories.get(shard.key(self._key))
+        return -math.inf if memory is None or memory.read_at is None else memory.read_at
 
     def begin(self, shards: Sequence[Shard], now: float) -> list[KeyMemory]:
         """Begins to read some shards; gives the memory of each."""
@@ -131,7 +136,7 @@ class ModelMemory:
             if memory is None:
                 memory = self._memories[key] = KeyMemory(key, is_signed=self._is_signed)
             memory.begin(now, expected[shard.index])
-            self._read_at[key] = now
+            self._begun_at[key] = now
             begun.append(memory)
         return begun
 
@@ -143,8 +148,8 @@ class ModelMemory:
         """The servers of some shards; forgets keys that were not read since all in them expired."""
         level, indices = shards[0].level, {shard.index for shard in shards}
         living = self.living(now)
-        for key in [key for key, at in self._read_at.items() if now - at > MAX_TTL_S]:
-            del self._read_at[key], self._memories[key]
+        for key in [key for key, at in self._begun_at.items() if now - at > MAX_TTL_S]:
+            del self._begun_at[key], self._memories[key]
         return tuple(one for digest, one in living.items() if shard_index(digest, level) in indices)
 
     def living(self, now: float) -> dict[bytes, Known]:

@@ -150,6 +150,39 @@ async def test_holders_of_a_shard_that_are_gone_are_found_anew(autojump_clock):
             nursery.cancel_scope.cancel()
 
 
+async def test_whoever_was_cut_off_sees_and_is_seen_again(autojump_clock):
+    async with open_memory_hub() as hub, trio.open_nursery() as nursery:
+        peers = [Peer(hub, number, per_shard=3) for number in range(40)]
+        for peer in peers:
+            nursery.start_soon(peer.run)
+        await trio.sleep(100)
+        everybody = {peer.network.peer for peer in peers}
+        hub.freeze(peers[0].network.peer)
+        await trio.sleep(90)
+        hub.thaw(peers[0].network.peer)
+        await trio.sleep(90)
+        assert peers[0].level == peers[1].level == 3
+        for peer in peers:
+            assert peer.seen == everybody
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_lookup_that_was_cancelled_does_not_count_as_one(autojump_clock):
+    async with open_memory_hub(latency_s=0.03) as hub, trio.open_nursery() as nursery:
+        peers = [Peer(hub, number, per_shard=3) for number in range(60)]
+        for peer in peers:
+            nursery.start_soon(peer.run)
+        await trio.sleep(100)
+        for wait_s in (0.03, 0.1, 0.2, 0.22, 0.25):
+            reader = Peer(hub, 100 + int(wait_s * 100), per_shard=3)
+            with trio.move_on_after(wait_s):
+                await reader.directory.lookup(KEY)
+            found = await reader.directory.lookup(KEY)
+            assert found.share < 1
+            assert len(found.records) > 0.6 * found.share * len(peers)
+        nursery.cancel_scope.cancel()
+
+
 async def test_shards_over_libp2p():
     count = 6
     async with AsyncExitStack() as stack:
