@@ -25,7 +25,7 @@ from p2p.directory_memory import KeyMemory, Known
 from p2p.directory_store import DirectoryStore
 from p2p.errors import P2PError, Refused, RemoteProtocolError
 from p2p.holder_choice import HOLDERS, HolderBook
-from p2p.model_memory import KeyRead, ModelMemory
+from p2p.model_memory import SHARD_AGE_S, KeyRead, ModelMemory
 from p2p.network import Network
 from p2p.rpc import MessageStream, call
 from p2p.shards import SERVERS_PER_SHARD, Sample, Shard, peer_digest
@@ -188,19 +188,23 @@ class Directory:
             await self.lookup(key)
         return min(taken.values())
 
-    async def lookup(self, key: bytes, *, whole: bool = False) -> Lookup:
+    async def lookup(
+        self, key: bytes, *, whole: bool = False, max_age_s: float = SHARD_AGE_S
+    ) -> Lookup:
         """Reads the records of a model: all of them, or in a large swarm a sample.
 
         Args:
             key: the model's.
             whole: read all, however many there are.
+            max_age_s: of what was read before of a large swarm, and will do; in a small one, and
+                where it is to be whole, all is read.
         """
         model = self._model(key)
         sample = model.memory.sample
         async with model.lock:
             model.memory.begin_lookup(self._clock())
             for _ in range(MAX_ROUNDS):
-                await self._read_shards(model, model.memory.due(self._clock()))
+                await self._read_shards(model, model.memory.due(self._clock(), max_age_s))
                 model.looked_at = self._clock()
                 if model.memory.finish(self._clock()):
                     break

@@ -107,8 +107,8 @@ class ModelMemory:
         """A lookup begins, of one or several rounds."""
         self.sample.begin(is_anything_known=bool(self.living(now)))
 
-    def due(self, now: float) -> tuple[Shard, ...]:
-        """Which shards of the sample to read now.
+    def due(self, now: float, max_age_s: float = SHARD_AGE_S) -> tuple[Shard, ...]:
+        """Which shards of the sample to read now, where what is so old is too old.
 
         Where that is all that there is, all of it. Of a larger swarm those that were not read just
         before: hardly a server has said anything since.
@@ -116,7 +116,8 @@ class ModelMemory:
         shards = self.sample.shards
         if self.sample.share == 1:
             return shards
-        return tuple(shard for shard in shards if now - self._read_at(shard) >= SHARD_AGE_S)
+        age_s = min(SHARD_AGE_S, max_age_s)
+        return tuple(shard for shard in shards if now - self._read_at(shard) >= age_s)
 
     def _read_at(self, shard: Shard) -> float:
         memory = self._memories.get(shard.key(self._key))

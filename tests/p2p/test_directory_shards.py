@@ -183,6 +183,36 @@ async def test_a_lookup_that_was_cancelled_does_not_count_as_one(autojump_clock)
         nursery.cancel_scope.cancel()
 
 
+async def make_large_swarm(hub: MemoryHub, count: int = 80) -> list[Peer]:
+    """Of which half is a sample."""
+    peers = [Peer(hub, number, per_shard=2) for number in range(count)]
+    for peer in peers:
+        model = peer.directory._model(KEY)
+        model.memory.sample.level, model.memory.sample.servers = 4, 16 * 4.0
+        model.looked_at = 0.0
+        await peer.directory.publish(KEY, b"same", ttl_s=TTL_S, sequence=1)
+    return peers
+
+
+async def test_a_lookup_of_a_large_swarm_is_as_fresh_as_it_is_asked_to_be(autojump_clock):
+    async with open_memory_hub() as hub:
+        peers = await make_large_swarm(hub)
+        reader = peers[0].directory
+        found = await reader.lookup(KEY)
+        assert found.share < 1
+        changed = {one.peer for one in found.records if one.peer != peers[0].network.peer}
+        await trio.sleep(1)
+        for peer in peers:
+            if peer.network.peer in changed:
+                await peer.directory.publish(KEY, b"new", ttl_s=TTL_S, sequence=2)
+        fresh = {}
+        for max_age_s in (15.0, 0.0):
+            found = await reader.lookup(KEY, max_age_s=max_age_s)
+            fresh[max_age_s] = {one.peer for one in found.records if one.body == b"new"}
+        assert len(fresh[15.0]) == 0
+        assert len(fresh[0.0] & changed) > 0.8 * len(changed)
+
+
 async def test_shards_over_libp2p():
     count = 6
     async with AsyncExitStack() as stack:
