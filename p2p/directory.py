@@ -11,11 +11,14 @@ is carried out. Invariant: reading a key ends within its deadline, whoever hangs
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -90,7 +93,18 @@ class _Model:
         self.memory = memory
         self.author = author
         self.looked_at: float | None = None
+        self.sample_turn = _Turn()
+        self.whole_turn = _Turn()
+        self.key_locks: dict[bytes, trio.Lock] = defaultdict(trio.Lock)
+
+
+class _Turn:
+    """Lookups of one kind, one after another; whoever waited may take what the one before found."""
+
+    def __init__(self) -> None:
         self.lock = trio.Lock()
+        self.began_at = -math.inf
+        """Of the last one that was not cancelled."""
 
 
 class _Reading:
@@ -201,18 +215,15 @@ class Directory:
         """
         model = self._model(key)
         sample = model.memory.sample
-        async with model.lock:
-            model.memory.begin_lookup(self._clock())
-            for _ in range(MAX_ROUNDS):
-                await self._read_shards(model, model.memory.due(self._clock(), max_age_s))
-                model.looked_at = self._clock()
-                if model.memory.finish(self._clock()):
-                    break
-            shards, share = sample.shards, sample.share
-            if whole and share < 1:
-                shards, share = sample.all_shards, 1.0
-                await self._read_shards(model, shards)
-            return Lookup(model.memory.find(shards, self._clock()), share)
+        since = self._clock()
+        read_sample = partial(self._read_sample, model, max_age_s)
+        await self._take_turn(model.sample_turn, read_sample, since - max_age_s)
+        shards, share = sample.shards, sample.share
+        if whole and share < 1:
+            shards, share = sample.all_shards, 1.0
+            read_all = partial(self._read_shards, model, shards, since)
+            await self._take_turn(model.whole_turn, read_all, since - max_age_s)
+        return Lookup(model.memory.find(shards, self._clock()), share)
 
     # Writing.
 
@@ -238,17 +249,41 @@ class Directory:
 
     # Reading.
 
-    async def _read_shards(self, model: _Model, shards: Sequence[Shard]) -> None:
-        limiter = trio.CapacityLimiter(KEYS_AT_ONCE)
-        is_shard = model.memory.sample.level > 0
+    async def _take_turn(
+        self, turn: _Turn, read: Callable[[], Awaitable[None]], since: float
+    ) -> None:
+        """Reads, but for what was read while this one waited, in a lookup that began since."""
+        is_waiting = turn.lock.locked()
+        async with turn.lock:
+            if is_waiting and turn.began_at > since:
+                return
+            began_at = self._clock()
+            await read()
+            turn.began_at = began_at
 
-        async def read(memory: KeyMemory) -> None:
-            async with limiter:
-                await self._read_key(memory, is_shard=is_shard)
+    async def _read_sample(self, model: _Model, max_age_s: float) -> None:
+        since = self._clock()
+        model.memory.begin_lookup(since)
+        for _ in range(MAX_ROUNDS):
+            await self._read_shards(model, model.memory.due(self._clock(), max_age_s), since)
+            model.looked_at = self._clock()
+            if model.memory.finish(self._clock()):
+                break
+
+    async def _read_shards(self, model: _Model, shards: Sequence[Shard], since: float) -> None:
+        """Reads some shards of one level, but those that others have read since."""
+        limiter = trio.CapacityLimiter(KEYS_AT_ONCE)
+        expected = model.memory.expect(shards, self._clock())
+
+        async def read(shard: Shard, key: bytes) -> None:
+            async with limiter, model.key_locks[key]:
+                if not model.memory.is_read_since(shard, since):
+                    memory = model.memory.begin_one(shard, expected[shard.index], self._clock())
+                    await self._read_key(memory, is_shard=shard.level > 0)
 
         async with trio.open_nursery() as nursery:
-            for memory in model.memory.begin(shards, self._clock()):
-                nursery.start_soon(read, memory)
+            for shard in shards:
+                nursery.start_soon(read, shard, shard.key(model.memory.key))
 
     async def _read_key(self, memory: KeyMemory, *, is_shard: bool) -> None:
         with trio.move_on_after(LOOKUP_DEADLINE_S) as scope:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from p2p.directory_memory import KeyMemory, Known
 from p2p.holder_choice import HolderBook, Standing, asked_at_once
@@ -91,6 +91,7 @@ class ModelMemory:
         is_signed: whether a record's signature is its peer's.
 
     Attributes:
+        key: as given.
         sample: as given.
     """
 
@@ -98,7 +99,7 @@ class ModelMemory:
         self, key: bytes, sample: Sample, *, is_signed: Callable[[SignedRecord], bool]
     ) -> None:
         self.sample = sample
-        self._key = key
+        self.key = key
         self._is_signed = is_signed
         self._memories: dict[bytes, KeyMemory] = {}
         self._begun_at: dict[bytes, float] = {}
@@ -120,26 +121,37 @@ class ModelMemory:
         return tuple(shard for shard in shards if now - self._read_at(shard) >= age_s)
 
     def _read_at(self, shard: Shard) -> float:
-        memory = self._memories.get(shard.key(self._key))
+        memory = self._memories.get(shard.key(self.key))
         return -math.inf if memory is None or memory.read_at is None else memory.read_at
 
     def begin(self, shards: Sequence[Shard], now: float) -> list[KeyMemory]:
-        """Begins to read some shards; gives the memory of each."""
+        """Begins to read some shards of one level; gives the memory of each."""
+        expected = self.expect(shards, now)
+        return [self.begin_one(shard, expected[shard.index], now) for shard in shards]
+
+    def expect(self, shards: Sequence[Shard], now: float) -> dict[int, dict[bytes, float]]:
+        """Until when each server lives that is to be found in one of some shards of one level."""
         expected: dict[int, dict[bytes, float]] = {shard.index: {} for shard in shards}
-        for digest, one in self.living(now).items():
-            index = shard_index(digest, self.sample.level)
+        for digest, one in self.living(now).items() if shards else ():
+            index = shard_index(digest, shards[0].level)
             if index in expected:
                 expected[index][digest] = one.expires_at
-        begun = []
-        for shard in shards:
-            key = shard.key(self._key)
-            memory = self._memories.get(key)
-            if memory is None:
-                memory = self._memories[key] = KeyMemory(key, is_signed=self._is_signed)
-            memory.begin(now, expected[shard.index])
-            self._begun_at[key] = now
-            begun.append(memory)
-        return begun
+        return expected
+
+    def begin_one(self, shard: Shard, expected: Mapping[bytes, float], now: float) -> KeyMemory:
+        """Begins to read a shard; no other read of it may be under way."""
+        key = shard.key(self.key)
+        memory = self._memories.get(key)
+        if memory is None:
+            memory = self._memories[key] = KeyMemory(key, is_signed=self._is_signed)
+        memory.begin(now, expected)
+        self._begun_at[key] = now
+        return memory
+
+    def is_read_since(self, shard: Shard, at: float) -> bool:
+        """Whether a read of a shard that began later has ended well."""
+        begun_at = self._begun_at.get(shard.key(self.key), -math.inf)
+        return at < begun_at <= self._read_at(shard)
 
     def finish(self, now: float) -> bool:
         """The sample's shards were read; says whether those are the ones to read."""

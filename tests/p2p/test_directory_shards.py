@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 import trio
@@ -211,6 +212,48 @@ async def test_a_lookup_of_a_large_swarm_is_as_fresh_as_it_is_asked_to_be(autoju
             fresh[max_age_s] = {one.peer for one in found.records if one.body == b"new"}
         assert len(fresh[15.0]) == 0
         assert len(fresh[0.0] & changed) > 0.8 * len(changed)
+
+
+async def test_lookups_at_once_are_merged(autojump_clock):
+    async with open_memory_hub(latency_s=0.03) as hub:
+        peers = [Peer(hub, number, per_shard=50) for number in range(20)]
+        for peer in peers:
+            await peer.directory.publish(KEY, b"same", ttl_s=TTL_S, sequence=1)
+        reader = Peer(hub, 100, per_shard=50)
+        await reader.directory.lookup(KEY)
+        (nearest, *_) = await reader.network.find_closest_peers(KEY, 8)
+        hub.freeze(nearest.peer)  # each lookup takes a second
+        for max_age_s, most in ((15.0, 1.0), (0.0, 2.0)):
+            began_at = trio.current_time()
+            async with trio.open_nursery() as nursery:
+                for _ in range(10):
+                    nursery.start_soon(partial(reader.directory.lookup, KEY, max_age_s=max_age_s))
+            assert trio.current_time() - began_at < most + 0.8
+
+
+async def test_a_lookup_does_not_wait_for_one_of_the_whole(autojump_clock):
+    async with open_memory_hub(latency_s=0.08) as hub:
+        peers = await make_large_swarm(hub)
+        reader = Peer(hub, 100, per_shard=2).directory
+        await reader.lookup(KEY)
+        for peer in peers[:10]:
+            hub.freeze(peer.network.peer)
+        await trio.sleep(16)
+        ended_at: dict[str, float] = {}
+
+        async def look(name: str, whole: bool) -> None:
+            found = await reader.lookup(KEY, whole=whole)
+            assert len(found.records) > 10
+            ended_at[name] = trio.current_time()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look, "whole", True)
+            for _ in range(2000):
+                if reader._model(KEY).whole_turn.lock.locked():
+                    break
+                await trio.sleep(0.01)
+            nursery.start_soon(look, "sample", False)
+        assert ended_at["sample"] < ended_at["whole"]
 
 
 async def test_shards_over_libp2p():
