@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from enum import Enum
 
 from p2p.beats import BEAT_S, is_beat
 from p2p.shards import peer_digest
@@ -85,6 +86,15 @@ class Known:
         return self.arrived_at + self.record.ttl_s
 
 
+class _Taken(Enum):
+    """What a record was that a holder gave."""
+
+    TRUE = "true"
+    OTHER = "other"
+    """Its author's, but not what was listed."""
+    LIE = "lie"
+
+
 @dataclass(frozen=True, slots=True)
 class _Fetch:
     """A record that is being fetched.
@@ -108,8 +118,8 @@ class KeyMemory:
         is_signed: whether a record's signature is its peer's.
 
     Attributes:
-        liars: holders that gave at this read what cannot be true, or not what they listed.
-        silent: holders that listed at this read what they then did not give in time.
+        liars: holders that gave at this read what no author signed or nobody asked for.
+        silent: holders that listed at this read what they then did not give, or not in time.
     """
 
     def __init__(self, key: bytes, *, is_signed: Callable[[SignedRecord], bool]) -> None:
@@ -217,6 +227,7 @@ class KeyMemory:
         """
         self._now, self._wall_now = now, wall_now
         asked = set(claimed)
+        missing = len(asked)
         listed = self._claimed.get(holder, {})
         for record in records:
             digest = peer_digest(record.peer)
@@ -224,11 +235,14 @@ class KeyMemory:
                 self._convict(holder)
                 break
             asked.discard(digest)
-            if not self._take_record(record, listed[digest], now):
+            taken = self._take_record(record, listed[digest], now)
+            if taken == _Taken.LIE:
                 self._convict(holder)
                 break
-        if len(asked) > max(MOST_MISSING, len(claimed) * MOST_MISSING_PART):
-            self._convict(holder)
+            missing -= taken == _Taken.TRUE
+        if missing > max(MOST_MISSING, len(claimed) * MOST_MISSING_PART):
+            self.silent.add(holder)
+            self._wanted[holder] = {}
         self._end_claim(holder, claimed)
 
     def is_enough(self, now: float) -> bool:
@@ -330,26 +344,30 @@ class KeyMemory:
             youngest = min(now - row.age_s, known.heard_at)
             known.arrived_at = max(known.arrived_at, youngest)
 
-    def _take_record(self, record: SignedRecord, row: Row, now: float) -> bool:
-        """Takes a record that a holder listed; false where it is a lie."""
-        if record.key != self.key or record.sequence < row.sequence:
-            return False
+    def _take_record(self, record: SignedRecord, row: Row, now: float) -> _Taken:
+        """Takes a record that a holder listed.
+
+        Another one than the list promised is not the holder's lie: its author may have let the one
+        expire and put another since, with a lower number or of another chain.
+        """
+        if record.key != self.key or not self._is_signed(record):
+            return _Taken.LIE
         number, beat, age_s = 0, record.beat, 0.0
         if record.sequence == row.sequence:
             number, beat, age_s = row.number, row.beat, row.age_s
             if not is_beat(beat, number, record.beat, 0):
-                return False
-        if not self._is_signed(record):
-            return False
+                return _Taken.OTHER
+        elif record.sequence < row.sequence:
+            return _Taken.OTHER
         if not self._is_of_now(record, number):
             self._refused[row.peer] = record.sequence  # not by the holder's fault, perhaps
-            return True
+            return _Taken.TRUE
         known = self._known.get(row.peer)
         if known is None and len(self._known) >= MAX_KNOWN:
             del self._known[min(self._known, key=lambda one: self._known[one].expires_at)]
         if known is None or known.record.sequence < record.sequence:
             self._known[row.peer] = Known(record, number, beat, now - age_s, now)
-        return True
+        return _Taken.TRUE
 
     def _is_of_now(self, record: SignedRecord, number: int) -> bool:
         """Whether a beat was made lately, by its author's clock."""

@@ -38,7 +38,7 @@ class Standing(IntEnum):
     SILENT = 2
     """It did not answer, or listed what it then did not give in time."""
     LIAR = 3
-    """It gave what cannot be true, or not what it listed."""
+    """It gave what no author signed, or what nobody asked for."""
 
 
 class HolderBook:

@@ -190,7 +190,7 @@ def test_a_record_of_long_ago_is_not_believed_and_fetched_once():
 
 @pytest.mark.parametrize(
     "change",
-    [{"signature": bytes(64)}, {"key": b"x" * 32}, {"sequence": 0}, {"peer": "b"}],
+    [{"signature": bytes(64)}, {"key": b"x" * 32}, {"peer": "b"}],
     ids=str,
 )
 def test_the_first_forged_record_ends_what_is_taken_from_a_holder(change):
@@ -202,7 +202,7 @@ def test_the_first_forged_record_ends_what_is_taken_from_a_holder(change):
     given = [told[0].record, dataclasses.replace(told[1].record, **change), told[2].record]
     memory.on_records("liar", claimed, given, now=0, wall_now=0)
     assert len(memory.living(0)) == 1
-    assert memory.find_bad(["liar"], 0) == ["liar"]
+    assert memory.liars == {"liar"}
     memory.on_list("good", [row_of(own) for own in told], now=0, wall_now=0)
     assert len(memory.claim("good", 0)) == 2
 
@@ -243,6 +243,18 @@ def test_who_lists_and_does_not_give_is_asked_last():
     memory.on_records("liar", memory.claim("liar", 0), [], now=0, wall_now=0)
     assert not memory.claim("liar", 0)
     assert memory.find_bad(["liar"], 0) == ["liar"]
+
+
+@pytest.mark.parametrize("change", [{"sequence": 0}, {"beat": bytes(16)}], ids=str)
+def test_an_author_that_goes_back_makes_no_liar_of_a_holder(change):
+    memory = make_memory()
+    told = [say(make_author(str(number))) for number in range(10)]
+    memory.begin(0)
+    memory.on_list("holder", [row_of(own) for own in told], now=0, wall_now=0)
+    given = [dataclasses.replace(told[0].record, **change)] + [own.record for own in told[1:]]
+    memory.on_records("holder", memory.claim("holder", 0), given, now=0, wall_now=0)
+    assert memory.liars == memory.silent == set()
+    assert len(memory.living(0)) == 9
 
 
 def test_who_withholds_what_others_told_is_not_enough():
