@@ -36,6 +36,14 @@ ALL_ASKED_S = 20.0
 which was a period of announcements old at most. So whoever makes records fade, by letting many
 identities die, makes readers ask eight holders in this time and not at each look."""
 
+REFUSED_S = 60.0
+"""For so long a record that was not of now is not fetched again; then a clock may have been set."""
+
+RIGHT_CLOCK_S = 40.0
+"""A record with a lower sequence than one that has expired is believed where it differs from the
+own clock by no more: its author's clock was put right. What the author had said before is older,
+since servers' records hold for 45 s."""
+
 CLAIM_S = 0.4
 """Where a holder has not given records for so long, another one is asked for them, too, and after
 half as long the next. So however many hang, all that listed a record are asked for it within twice
@@ -132,6 +140,8 @@ class KeyMemory:
         self._wanted: dict[str, dict[bytes, Row]] = {}
         self._expected: Mapping[bytes, float] = {}
         self._refused: dict[bytes, int] = {}
+        self._refused_at = 0.0
+        self._dead: dict[bytes, tuple[int, float]] = {}
         self._under_way: dict[bytes, _Fetch] = {}
         self._claimed: dict[str, dict[bytes, Row]] = {}
         self._now = self._wall_now = 0.0
@@ -156,13 +166,17 @@ class KeyMemory:
         self._wanted.clear()
         self._under_way.clear()
         self._claimed.clear()
-        if len(self._refused) > MAX_KNOWN:
+        if now - self._refused_at > REFUSED_S or len(self._refused) > MAX_KNOWN:
             self._refused.clear()
+            self._refused_at = now
         longest_ttl_s = max((one.record.ttl_s for one in self._known.values()), default=0.0)
         self._is_cold = self._read_at is None or now - self._read_at > longest_ttl_s
         for digest, one in list(self._known.items()):
             if now - one.heard_at > 2 * CLOCK_SKEW_S + one.record.ttl_s:
                 del self._known[digest]
+        for digest, (_, forgotten_at) in list(self._dead.items()):
+            if now > forgotten_at:
+                del self._dead[digest]
 
     def on_list(self, holder: str, rows: Sequence[Row], *, now: float, wall_now: float) -> None:
         """Takes a holder's list."""
@@ -170,10 +184,10 @@ class KeyMemory:
         wanted: dict[bytes, Row] = {}
         for row in rows[:MAX_ROWS]:
             known = self._known.get(row.peer)
-            if known is None or row.sequence > known.record.sequence:
-                if row.sequence > self._refused.get(row.peer, -1):
+            if self._is_news(row.peer, row.sequence):
+                if row.sequence != self._refused.get(row.peer):
                     wanted[row.peer] = row
-            else:
+            elif known is not None:
                 self._take_beat(known, row)
         self._lists[holder] = frozenset(row.peer for row in rows[:MAX_ROWS])
         self._wanted[holder] = wanted
@@ -309,10 +323,29 @@ class KeyMemory:
         wanted = self._wanted.get(holder, {})
         for digest, row in list(wanted.items()):
             known = self._known.get(digest)
-            if known is not None and known.record.sequence >= row.sequence:
+            if known is not None and not self._is_news(digest, row.sequence):
                 del wanted[digest]
                 self._take_beat(known, row)
         return list(wanted)
+
+    def _is_news(self, digest: bytes, sequence: int) -> bool:
+        """Whether a record is another than the one that is known, and may take its place.
+
+        One of a lower sequence may, where the one that is known has expired.
+        """
+        known = self._known.get(digest)
+        if known is None or sequence == known.record.sequence:
+            return known is None
+        if digest in self._dead and sequence == self._dead[digest][0]:
+            return False
+        return sequence > known.record.sequence or known.expires_at <= self._now
+
+    def _skew_s(self, digest: bytes, sequence: int) -> float:
+        """How wrong the clock may be that a record was made by."""
+        known = self._known.get(digest)
+        dead = self._dead.get(digest, (-1, 0.0))[0]
+        is_lower = known is not None and sequence < max(known.record.sequence, dead)
+        return RIGHT_CLOCK_S if is_lower else CLOCK_SKEW_S
 
     def _end_claim(self, holder: str, claimed: Iterable[bytes]) -> None:
         self._claimed.pop(holder, None)
@@ -359,17 +392,21 @@ class KeyMemory:
                 return _Taken.OTHER
         elif record.sequence < row.sequence:
             return _Taken.OTHER
-        if not self._is_of_now(record, number):
+        if not self._is_of_now(record, number, self._skew_s(row.peer, record.sequence)):
             self._refused[row.peer] = record.sequence  # not by the holder's fault, perhaps
             return _Taken.TRUE
         known = self._known.get(row.peer)
         if known is None and len(self._known) >= MAX_KNOWN:
             del self._known[min(self._known, key=lambda one: self._known[one].expires_at)]
-        if known is None or known.record.sequence < record.sequence:
+        if self._is_news(row.peer, record.sequence):
+            if known is not None and record.sequence < known.record.sequence:
+                forgotten_at = known.heard_at + 2 * CLOCK_SKEW_S + known.record.ttl_s
+                self._dead[row.peer] = known.record.sequence, forgotten_at
             self._known[row.peer] = Known(record, number, beat, now - age_s, now)
         return _Taken.TRUE
 
-    def _is_of_now(self, record: SignedRecord, number: int) -> bool:
+    def _is_of_now(self, record: SignedRecord, number: int, skew_s: float = CLOCK_SKEW_S) -> bool:
         """Whether a beat was made lately, by its author's clock."""
         age_s = self._wall_now - record.issued_at - number * BEAT_S
-        return -CLOCK_SKEW_S <= age_s <= record.ttl_s + CLOCK_SKEW_S
+        past_s = skew_s if skew_s < CLOCK_SKEW_S else record.ttl_s + skew_s
+        return -skew_s <= age_s <= past_s

@@ -235,6 +235,42 @@ def test_a_clock_that_is_set_back_does_not_silence_an_author():
     assert again.record.sequence == first.record.sequence + 1
 
 
+def test_an_author_whose_clock_was_put_right_is_seen_and_its_old_record_is_not():
+    memory, author = make_memory(), make_author("a")
+    memory.begin(0)
+    ahead = say(author, b"ahead", at=300.0, sequence=300_000)
+    read(memory, "one", ahead, now=0)
+    memory.begin(60)
+    right = say(make_author("a"), b"right", at=60.0, sequence=60_000)
+    read(memory, "one", right, now=60)
+    assert bodies(memory, 60) == [b"right"]
+    memory.begin(61)
+    read(memory, "liar", ahead, now=61)
+    assert bodies(memory, 61) == [b"right"]
+
+
+def test_what_a_crashed_server_had_said_before_its_last_word_is_not_believed():
+    memory, author = make_memory(), make_author("a")
+    first = say(author, b"first", at=0.0, sequence=1)
+    second = say(author, b"second", at=10.0, sequence=2)
+    memory.begin(10)
+    read(memory, "one", second, now=10)
+    for now in range(10, 600, 15):
+        memory.begin(now)
+        read(memory, "liar", first, now=now)
+        assert bodies(memory, now) == ([b"second"] if now < 10 + TTL_S else [])
+
+
+def test_a_reader_whose_clock_was_put_right_sees_again():
+    memory, own = make_memory(), say(make_author("a"), at=7200.0)
+    for now, wall_now, seen in ((0, 0, 0), (30, 7230, 0), (70, 7240, 1)):
+        memory.begin(now)
+        memory.on_list("one", [row_of(own)], now=now, wall_now=wall_now)
+        claimed = memory.claim("one", now)
+        memory.on_records("one", claimed, [own.record] * len(claimed), now=now, wall_now=wall_now)
+        assert len(memory.living(now)) == seen
+
+
 def test_who_lists_and_does_not_give_is_asked_last():
     memory = make_memory()
     told = [say(make_author(str(number))) for number in range(40)]
