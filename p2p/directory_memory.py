@@ -124,17 +124,25 @@ class KeyMemory:
     Args:
         key: of the records.
         is_signed: whether a record's signature is its peer's.
+        holds: whether a digest belongs under the key; where there is none, all do.
 
     Attributes:
         liars: holders that gave at this read what no author signed or nobody asked for.
         silent: holders that listed at this read what they then did not give, or not in time.
     """
 
-    def __init__(self, key: bytes, *, is_signed: Callable[[SignedRecord], bool]) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        *,
+        is_signed: Callable[[SignedRecord], bool],
+        holds: Callable[[bytes], bool] | None = None,
+    ) -> None:
         self.key = key
         self.liars: set[str] = set()
         self.silent: set[str] = set()
         self._is_signed = is_signed
+        self._holds = holds
         self._known: dict[bytes, Known] = {}
         self._lists: dict[str, frozenset[bytes]] = {}
         self._wanted: dict[str, dict[bytes, Row]] = {}
@@ -182,14 +190,17 @@ class KeyMemory:
         """Takes a holder's list."""
         self._now, self._wall_now = now, wall_now
         wanted: dict[bytes, Row] = {}
-        for row in rows[:MAX_ROWS]:
+        rows = rows[:MAX_ROWS]
+        if self._holds is not None:
+            rows = [row for row in rows if self._holds(row.peer)]
+        for row in rows:
             known = self._known.get(row.peer)
             if self._is_news(row.peer, row.sequence):
                 if row.sequence != self._refused.get(row.peer):
                     wanted[row.peer] = row
             elif known is not None:
                 self._take_beat(known, row)
-        self._lists[holder] = frozenset(row.peer for row in rows[:MAX_ROWS])
+        self._lists[holder] = frozenset(row.peer for row in rows)
         self._wanted[holder] = wanted
 
     def claim(self, holder: str, now: float) -> tuple[bytes, ...]:

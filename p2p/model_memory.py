@@ -143,7 +143,9 @@ class ModelMemory:
         key = shard.key(self.key)
         memory = self._memories.get(key)
         if memory is None:
-            memory = self._memories[key] = KeyMemory(key, is_signed=self._is_signed)
+            holds = shard.holds if shard.index else None  # the model's key is many shards'
+            memory = KeyMemory(key, is_signed=self._is_signed, holds=holds)
+            self._memories[key] = memory
         memory.begin(now, expected)
         self._begun_at[key] = now
         return memory

@@ -19,7 +19,7 @@ from p2p.holder_choice import (
     Standing,
     asked_at_once,
 )
-from p2p.shards import peer_digest
+from p2p.shards import Shard, peer_digest
 from p2p.wire.directory_messages import (
     MAX_ROWS,
     PutBeat,
@@ -340,6 +340,19 @@ def test_nobody_is_forgotten_before_all_were_asked():
     assert len(memory.living(44)) == 40
     memory.on_all_asked(44)
     assert memory.is_enough(44)
+
+
+def test_who_is_told_under_the_key_of_another_shard_is_passed_over():
+    memory = KeyMemory(
+        KEY,
+        is_signed=lambda record: True,
+        holds=Shard(1, 1).holds,
+    )
+    told = [say(make_author(str(number))) for number in range(20)]
+    memory.begin(0)
+    fetched = read(memory, "one", *told, now=0)
+    assert 0 < len(fetched) < 20
+    assert all(Shard(1, 1).holds(digest) for digest in fetched)
 
 
 def test_a_flood_has_a_bound():
