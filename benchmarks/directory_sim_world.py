@@ -386,7 +386,7 @@ class World:
         is_usual = self.is_counting and not holder.is_hostile
         if is_usual:
             self._fetched["listed"] += len(rows)
-        while claimed := memory.claim(holder.peer):
+        while claimed := memory.claim(holder.peer, self.now):
             given = self.give(holder, memory.key, claimed)
             if is_usual:
                 self._fetched["fetched"] += len(claimed)

@@ -93,19 +93,19 @@ def make_rows(step: bytes) -> list[Row]:
 
 def fetch(memory: KeyMemory, holder: str, step: bytes, now: float) -> None:
     for _ in range(3):
-        claimed = memory.claim(holder)
+        claimed = memory.claim(holder, now)
         assert len(claimed) <= MAX_RECORDS_PER_MESSAGE
         if not claimed:
             return
         if step[6] % 8 == 3:
-            memory.release(holder, claimed)
+            memory.release(holder, claimed, now)
             continue
         given = [record for record in TRUE if peer_digest(record.peer) in claimed]
         given = given[step[7] % 3 :]
         if given and step[8] % 3 == 0:
             given[0] = dataclasses.replace(given[0], body=b"false")
         memory.on_records(holder, claimed, given, now=now, wall_now=now)
-    assert not memory.claim(holder), "the same is fetched again and again"
+    assert not memory.claim(holder, now), "the same is fetched again and again"
 
 
 def check_belief(memory: KeyMemory, now: float) -> None:

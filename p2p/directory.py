@@ -11,11 +11,14 @@ is carried out. Invariant: reading a key ends within its deadline, whoever hangs
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -25,7 +28,7 @@ from p2p.directory_memory import KeyMemory, Known
 from p2p.directory_store import DirectoryStore
 from p2p.errors import P2PError, Refused, RemoteProtocolError
 from p2p.holder_choice import HOLDERS, HolderBook
-from p2p.model_memory import KeyRead, ModelMemory
+from p2p.model_memory import SHARD_AGE_S, KeyRead, ModelMemory
 from p2p.network import Network
 from p2p.rpc import MessageStream, call
 from p2p.shards import SERVERS_PER_SHARD, Sample, Shard, peer_digest
@@ -90,7 +93,18 @@ class _Model:
         self.memory = memory
         self.author = author
         self.looked_at: float | None = None
+        self.sample_turn = _Turn()
+        self.whole_turn = _Turn()
+        self.key_locks: dict[bytes, trio.Lock] = defaultdict(trio.Lock)
+
+
+class _Turn:
+    """Lookups of one kind, one after another; whoever waited may take what the one before found."""
+
+    def __init__(self) -> None:
         self.lock = trio.Lock()
+        self.began_at = -math.inf
+        """Of the last one that was not cancelled."""
 
 
 class _Reading:
@@ -105,9 +119,8 @@ class _Reading:
         self.is_shard = is_shard
         self.released = trio.Event()
 
-    def release(self, holder: str, claimed: Iterable[bytes]) -> None:
-        """Lets others fetch what this holder has not given."""
-        self.memory.release(holder, claimed)
+    def wake(self) -> None:
+        """Lets others fetch what a holder has not given."""
         self.released.set()
         self.released = trio.Event()
 
@@ -189,26 +202,28 @@ class Directory:
             await self.lookup(key)
         return min(taken.values())
 
-    async def lookup(self, key: bytes, *, whole: bool = False) -> Lookup:
+    async def lookup(
+        self, key: bytes, *, whole: bool = False, max_age_s: float = SHARD_AGE_S
+    ) -> Lookup:
         """Reads the records of a model: all of them, or in a large swarm a sample.
 
         Args:
             key: the model's.
             whole: read all, however many there are.
+            max_age_s: of what was read before of a large swarm, and will do; in a small one, and
+                where it is to be whole, all is read.
         """
         model = self._model(key)
         sample = model.memory.sample
-        async with model.lock:
-            for _ in range(MAX_ROUNDS):
-                await self._read_shards(model, model.memory.due(self._clock()))
-                model.looked_at = self._clock()
-                if model.memory.finish(self._clock()):
-                    break
-            shards, share = sample.shards, sample.share
-            if whole and share < 1:
-                shards, share = sample.all_shards, 1.0
-                await self._read_shards(model, shards)
-            return Lookup(model.memory.find(shards, self._clock()), share)
+        since = self._clock()
+        read_sample = partial(self._read_sample, model, max_age_s)
+        await self._take_turn(model.sample_turn, read_sample, since - max_age_s)
+        shards, share = sample.shards, sample.share
+        if whole and share < 1:
+            shards, share = sample.all_shards, 1.0
+            read_all = partial(self._read_shards, model, shards, since)
+            await self._take_turn(model.whole_turn, read_all, since - max_age_s)
+        return Lookup(model.memory.find(shards, self._clock()), share)
 
     # Writing.
 
@@ -234,17 +249,41 @@ class Directory:
 
     # Reading.
 
-    async def _read_shards(self, model: _Model, shards: Sequence[Shard]) -> None:
-        limiter = trio.CapacityLimiter(KEYS_AT_ONCE)
-        is_shard = model.memory.sample.level > 0
+    async def _take_turn(
+        self, turn: _Turn, read: Callable[[], Awaitable[None]], since: float
+    ) -> None:
+        """Reads, but for what was read while this one waited, in a lookup that began since."""
+        is_waiting = turn.lock.locked()
+        async with turn.lock:
+            if is_waiting and turn.began_at > since:
+                return
+            began_at = self._clock()
+            await read()
+            turn.began_at = began_at
 
-        async def read(memory: KeyMemory) -> None:
-            async with limiter:
-                await self._read_key(memory, is_shard=is_shard)
+    async def _read_sample(self, model: _Model, max_age_s: float) -> None:
+        since = self._clock()
+        model.memory.begin_lookup(since)
+        for _ in range(MAX_ROUNDS):
+            await self._read_shards(model, model.memory.due(self._clock(), max_age_s), since)
+            model.looked_at = self._clock()
+            if model.memory.finish(self._clock()):
+                break
+
+    async def _read_shards(self, model: _Model, shards: Sequence[Shard], since: float) -> None:
+        """Reads some shards of one level, but those that others have read since."""
+        limiter = trio.CapacityLimiter(KEYS_AT_ONCE)
+        expected = model.memory.expect(shards, self._clock())
+
+        async def read(shard: Shard, key: bytes) -> None:
+            async with limiter, model.key_locks[key]:
+                if not model.memory.is_read_since(shard, since):
+                    memory = model.memory.begin_one(shard, expected[shard.index], self._clock())
+                    await self._read_key(memory, is_shard=shard.level > 0)
 
         async with trio.open_nursery() as nursery:
-            for memory in model.memory.begin(shards, self._clock()):
-                nursery.start_soon(read, memory)
+            for shard in shards:
+                nursery.start_soon(read, shard, shard.key(model.memory.key))
 
     async def _read_key(self, memory: KeyMemory, *, is_shard: bool) -> None:
         with trio.move_on_after(LOOKUP_DEADLINE_S) as scope:
@@ -274,7 +313,7 @@ class Directory:
                 with trio.fail_after(SHARD_DEADLINE_S if reading.is_shard else CALL_DEADLINE_S):
                     await self._read_from(reading, holder)
         except (P2PError, trio.TooSlowError):
-            pass  # this is why several are asked
+            memory.silent.add(holder)  # this is why several are asked
         reading.read.on_end(holder)
         if reading.is_shard:
             if memory.is_enough(self._clock()):
@@ -288,7 +327,7 @@ class Directory:
         now, wall_now, own = self._clock(), self._wall_clock(), self._network.peer
         rows = self._store.list_rows(memory.key, now=now)
         memory.on_list(own, rows, now=now, wall_now=wall_now)
-        while claimed := memory.claim(own):
+        while claimed := memory.claim(own, now):
             records = self._store.get(memory.key, now=now, peers=claimed)
             memory.on_records(own, claimed, records, now=now, wall_now=wall_now)
 
@@ -300,13 +339,16 @@ class Directory:
             rows = decode_rows(expect(await _receive(messages), RecordList).rows)
             memory.on_list(holder, rows, now=self._clock(), wall_now=self._wall_clock())
             while True:
-                claimed = memory.claim(holder)
+                now = self._clock()
+                claimed = memory.claim(holder, now)
                 if claimed:
                     await self._fetch(messages, reading, holder, claimed)
-                elif memory.is_waiting(holder):
-                    await reading.released.wait()
-                else:
+                    continue
+                until = memory.waits_until(holder)
+                if until is None:
                     return
+                with trio.move_on_after(until - now):
+                    await reading.released.wait()
 
     async def _fetch(
         self, messages: MessageStream, reading: _Reading, holder: str, claimed: tuple[bytes, ...]
@@ -315,11 +357,15 @@ class Directory:
         try:
             await messages.send(GetRecords(key=memory.key, peers=claimed))
             records = expect(await _receive(messages), Records).records
+        except BaseException:
+            memory.release(holder, claimed, self._clock())
+            raise
+        else:
             memory.on_records(
                 holder, claimed, records, now=self._clock(), wall_now=self._wall_clock()
             )
         finally:
-            reading.release(holder, claimed)
+            reading.wake()
 
     def _model(self, key: bytes) -> _Model:
         model = self._models.get(key)

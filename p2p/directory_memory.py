@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from enum import Enum
 
 from p2p.beats import BEAT_S, is_beat
 from p2p.shards import peer_digest
@@ -34,6 +35,19 @@ ALL_ASKED_S = 20.0
 """After all holders were asked nobody that lives can fade for so long: one of them told its beat,
 which was a period of announcements old at most. So whoever makes records fade, by letting many
 identities die, makes readers ask eight holders in this time and not at each look."""
+
+REFUSED_S = 60.0
+"""For so long a record that was not of now is not fetched again; then a clock may have been set."""
+
+RIGHT_CLOCK_S = 40.0
+"""A record with a lower sequence than one that has expired is believed where it differs from the
+own clock by no more: its author's clock was put right. What the author had said before is older,
+since servers' records hold for 45 s."""
+
+CLAIM_S = 0.4
+"""Where a holder has not given records for so long, another one is asked for them, too, and after
+half as long the next. So however many hang, all that listed a record are asked for it within twice
+this time, which is less than a reader waits for slow holders."""
 
 MOST_MISSING = 8
 MOST_MISSING_PART = 1 / 2
@@ -80,27 +94,64 @@ class Known:
         return self.arrived_at + self.record.ttl_s
 
 
+class _Taken(Enum):
+    """What a record was that a holder gave."""
+
+    TRUE = "true"
+    OTHER = "other"
+    """Its author's, but not what was listed."""
+    LIE = "lie"
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    """A record that is being fetched.
+
+    Attributes:
+        holder: who was asked for it last.
+        patience_s: how long it has.
+        stale_at: from when on another one may be asked.
+    """
+
+    holder: str
+    patience_s: float
+    stale_at: float
+
+
 class KeyMemory:
     """What one reader knows under one key.
 
     Args:
         key: of the records.
         is_signed: whether a record's signature is its peer's.
+        holds: whether a digest belongs under the key; where there is none, all do.
 
     Attributes:
-        liars: holders that gave at this read what cannot be true, or not what they listed.
+        liars: holders that gave at this read what no author signed or nobody asked for.
+        silent: holders that listed at this read what they then did not give, or not in time.
     """
 
-    def __init__(self, key: bytes, *, is_signed: Callable[[SignedRecord], bool]) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        *,
+        is_signed: Callable[[SignedRecord], bool],
+        holds: Callable[[bytes], bool] | None = None,
+    ) -> None:
         self.key = key
         self.liars: set[str] = set()
+        self.silent: set[str] = set()
         self._is_signed = is_signed
+        self._holds = holds
         self._known: dict[bytes, Known] = {}
         self._lists: dict[str, frozenset[bytes]] = {}
         self._wanted: dict[str, dict[bytes, Row]] = {}
         self._expected: Mapping[bytes, float] = {}
         self._refused: dict[bytes, int] = {}
-        self._under_way: set[bytes] = set()
+        self._refused_at = 0.0
+        self._dead: dict[bytes, tuple[int, float]] = {}
+        self._under_way: dict[bytes, _Fetch] = {}
+        self._claimed: dict[str, dict[bytes, Row]] = {}
         self._now = self._wall_now = 0.0
         self._read_at: float | None = None
         self._is_cold = True
@@ -118,50 +169,72 @@ class KeyMemory:
         """
         self._expected = expected or {}
         self.liars.clear()
+        self.silent.clear()
         self._lists.clear()
         self._wanted.clear()
         self._under_way.clear()
-        if len(self._refused) > MAX_KNOWN:
+        self._claimed.clear()
+        if now - self._refused_at > REFUSED_S or len(self._refused) > MAX_KNOWN:
             self._refused.clear()
+            self._refused_at = now
         longest_ttl_s = max((one.record.ttl_s for one in self._known.values()), default=0.0)
         self._is_cold = self._read_at is None or now - self._read_at > longest_ttl_s
         for digest, one in list(self._known.items()):
             if now - one.heard_at > 2 * CLOCK_SKEW_S + one.record.ttl_s:
                 del self._known[digest]
+        for digest, (_, forgotten_at) in list(self._dead.items()):
+            if now > forgotten_at:
+                del self._dead[digest]
 
     def on_list(self, holder: str, rows: Sequence[Row], *, now: float, wall_now: float) -> None:
         """Takes a holder's list."""
         self._now, self._wall_now = now, wall_now
         wanted: dict[bytes, Row] = {}
-        for row in rows[:MAX_ROWS]:
+        rows = rows[:MAX_ROWS]
+        if self._holds is not None:
+            rows = [row for row in rows if self._holds(row.peer)]
+        for row in rows:
             known = self._known.get(row.peer)
-            if known is None or row.sequence > known.record.sequence:
-                if row.sequence > self._refused.get(row.peer, -1):
+            if self._is_news(row.peer, row.sequence):
+                if row.sequence != self._refused.get(row.peer):
                     wanted[row.peer] = row
-            else:
+            elif known is not None:
                 self._take_beat(known, row)
-        self._lists[holder] = frozenset(row.peer for row in rows[:MAX_ROWS])
+        self._lists[holder] = frozenset(row.peer for row in rows)
         self._wanted[holder] = wanted
 
-    def claim(self, holder: str) -> tuple[bytes, ...]:
+    def claim(self, holder: str, now: float) -> tuple[bytes, ...]:
         """What to fetch from a holder now: what it listed, is not known, and not being fetched.
 
+        What another one has been asked for and has not given in time counts as not being fetched.
         Give it to `on_records`, or to `release` where no answer came.
         """
-        chosen = [digest for digest in self._open(holder) if digest not in self._under_way]
-        del chosen[MAX_RECORDS_PER_MESSAGE:]
-        self._under_way.update(chosen)
+        chosen: dict[bytes, Row] = {}
+        for digest in self._open(holder):
+            fetch = self._under_way.get(digest)
+            if fetch is None or fetch.stale_at <= now:
+                chosen[digest] = self._wanted[holder][digest]
+                if len(chosen) == MAX_RECORDS_PER_MESSAGE:
+                    break
+        for digest in chosen:
+            fetch = self._under_way.get(digest)
+            patience_s = CLAIM_S if fetch is None else fetch.patience_s / 2
+            self._under_way[digest] = _Fetch(holder, patience_s, now + patience_s)
+        self._claimed[holder] = chosen
         return tuple(chosen)
 
-    def is_waiting(self, holder: str) -> bool:
-        """Whether something that this holder could give is being fetched from another."""
-        return any(digest in self._under_way for digest in self._open(holder))
+    def waits_until(self, holder: str) -> float | None:
+        """Until when something that this holder could give is being fetched from others only."""
+        open_ones = (self._under_way.get(digest) for digest in self._open(holder))
+        return min((fetch.stale_at for fetch in open_ones if fetch is not None), default=None)
 
-    def release(self, holder: str, claimed: Iterable[bytes]) -> None:
-        """The fetching of these from a holder is over, well or not."""
+    def release(self, holder: str, claimed: Iterable[bytes], now: float) -> None:
+        """No answer came from a holder of which these were claimed."""
         for digest in claimed:
-            self._under_way.discard(digest)
-            self._wanted[holder].pop(digest, None)
+            fetch = self._under_way.get(digest)
+            if fetch is None or fetch.holder != holder or fetch.stale_at <= now:
+                self.silent.add(holder)
+        self._end_claim(holder, claimed)
 
     def on_records(
         self,
@@ -179,19 +252,23 @@ class KeyMemory:
         """
         self._now, self._wall_now = now, wall_now
         asked = set(claimed)
-        listed = self._wanted[holder]
+        missing = len(asked)
+        listed = self._claimed.get(holder, {})
         for record in records:
             digest = peer_digest(record.peer)
             if digest not in asked:
                 self._convict(holder)
                 break
             asked.discard(digest)
-            if not self._take_record(record, listed[digest], now):
+            taken = self._take_record(record, listed[digest], now)
+            if taken == _Taken.LIE:
                 self._convict(holder)
                 break
-        if len(asked) > max(MOST_MISSING, len(claimed) * MOST_MISSING_PART):
-            self._convict(holder)
-        self.release(holder, claimed)
+            missing -= taken == _Taken.TRUE
+        if missing > max(MOST_MISSING, len(claimed) * MOST_MISSING_PART):
+            self.silent.add(holder)
+            self._wanted[holder] = {}
+        self._end_claim(holder, claimed)
 
     def is_enough(self, now: float) -> bool:
         """Whether the holders' answers so far can be believed to be the whole.
@@ -219,6 +296,11 @@ class KeyMemory:
         return [holder for holder in holders if self._is_lacking(holder, living)]
 
     @property
+    def read_at(self) -> float | None:
+        """When a read ended last in which a holder answered."""
+        return self._read_at
+
+    @property
     def is_cold(self) -> bool:
         """Whether what is remembered from earlier reads is of no use."""
         return self._is_cold
@@ -242,7 +324,7 @@ class KeyMemory:
 
     def _is_lacking(self, holder: str, living: Set[bytes]) -> bool:
         listed = self._lists.get(holder)
-        if listed is None or holder in self.liars:
+        if listed is None or holder in self.liars or holder in self.silent:
             return True
         lacking = len(living - listed)
         return len(listed) < MAX_ROWS and lacking > len(living) * MOST_LACKING
@@ -252,10 +334,37 @@ class KeyMemory:
         wanted = self._wanted.get(holder, {})
         for digest, row in list(wanted.items()):
             known = self._known.get(digest)
-            if known is not None and known.record.sequence >= row.sequence:
+            if known is not None and not self._is_news(digest, row.sequence):
                 del wanted[digest]
                 self._take_beat(known, row)
         return list(wanted)
+
+    def _is_news(self, digest: bytes, sequence: int) -> bool:
+        """Whether a record is another than the one that is known, and may take its place.
+
+        One of a lower sequence may, where the one that is known has expired.
+        """
+        known = self._known.get(digest)
+        if known is None or sequence == known.record.sequence:
+            return known is None
+        if digest in self._dead and sequence == self._dead[digest][0]:
+            return False
+        return sequence > known.record.sequence or known.expires_at <= self._now
+
+    def _skew_s(self, digest: bytes, sequence: int) -> float:
+        """How wrong the clock may be that a record was made by."""
+        known = self._known.get(digest)
+        dead = self._dead.get(digest, (-1, 0.0))[0]
+        is_lower = known is not None and sequence < max(known.record.sequence, dead)
+        return RIGHT_CLOCK_S if is_lower else CLOCK_SKEW_S
+
+    def _end_claim(self, holder: str, claimed: Iterable[bytes]) -> None:
+        self._claimed.pop(holder, None)
+        for digest in claimed:
+            self._wanted[holder].pop(digest, None)
+            fetch = self._under_way.get(digest)
+            if fetch is not None and fetch.holder == holder:
+                del self._under_way[digest]
 
     def _convict(self, holder: str) -> None:
         self.liars.add(holder)
@@ -279,28 +388,36 @@ class KeyMemory:
             youngest = min(now - row.age_s, known.heard_at)
             known.arrived_at = max(known.arrived_at, youngest)
 
-    def _take_record(self, record: SignedRecord, row: Row, now: float) -> bool:
-        """Takes a record that a holder listed; false where it is a lie."""
-        if record.key != self.key or record.sequence < row.sequence:
-            return False
+    def _take_record(self, record: SignedRecord, row: Row, now: float) -> _Taken:
+        """Takes a record that a holder listed.
+
+        Another one than the list promised is not the holder's lie: its author may have let the one
+        expire and put another since, with a lower number or of another chain.
+        """
+        if record.key != self.key or not self._is_signed(record):
+            return _Taken.LIE
         number, beat, age_s = 0, record.beat, 0.0
         if record.sequence == row.sequence:
             number, beat, age_s = row.number, row.beat, row.age_s
             if not is_beat(beat, number, record.beat, 0):
-                return False
-        if not self._is_signed(record):
-            return False
-        if not self._is_of_now(record, number):
+                return _Taken.OTHER
+        elif record.sequence < row.sequence:
+            return _Taken.OTHER
+        if not self._is_of_now(record, number, self._skew_s(row.peer, record.sequence)):
             self._refused[row.peer] = record.sequence  # not by the holder's fault, perhaps
-            return True
+            return _Taken.TRUE
         known = self._known.get(row.peer)
         if known is None and len(self._known) >= MAX_KNOWN:
             del self._known[min(self._known, key=lambda one: self._known[one].expires_at)]
-        if known is None or known.record.sequence < record.sequence:
+        if self._is_news(row.peer, record.sequence):
+            if known is not None and record.sequence < known.record.sequence:
+                forgotten_at = known.heard_at + 2 * CLOCK_SKEW_S + known.record.ttl_s
+                self._dead[row.peer] = known.record.sequence, forgotten_at
             self._known[row.peer] = Known(record, number, beat, now - age_s, now)
-        return True
+        return _Taken.TRUE
 
-    def _is_of_now(self, record: SignedRecord, number: int) -> bool:
+    def _is_of_now(self, record: SignedRecord, number: int, skew_s: float = CLOCK_SKEW_S) -> bool:
         """Whether a beat was made lately, by its author's clock."""
         age_s = self._wall_now - record.issued_at - number * BEAT_S
-        return -CLOCK_SKEW_S <= age_s <= record.ttl_s + CLOCK_SKEW_S
+        past_s = skew_s if skew_s < CLOCK_SKEW_S else record.ttl_s + skew_s
+        return -skew_s <= age_s <= past_s

@@ -195,13 +195,26 @@ class DirectoryStore:
         return len(self._keys.get(key, ()))
 
     def list_rows(self, key: bytes, *, now: float) -> list[Row]:
-        """Which records under a key hold now; `MAX_ROWS` of them by chance where there are more."""
+        """Which records under a key hold now; `MAX_ROWS` of them where there are more.
+
+        Neighbourhoods get places in turns, and in each it goes by chance. So many identities in one
+        place leave the others theirs.
+        """
         self._expire(key, now)
-        rows = [
+        found = list(self._keys.get(key, {}).items())
+        if len(found) > MAX_ROWS:
+            self._rng.shuffle(found)
+            ranks: dict[str, int] = defaultdict(int)
+            ranked = []
+            for one in found:
+                ranked.append((ranks[one[1].neighbourhood], one))
+                ranks[one[1].neighbourhood] += 1
+            ranked.sort(key=lambda each: each[0])
+            found = [one for _, one in ranked[:MAX_ROWS]]
+        return [
             Row(digest, kept.record.sequence, kept.number, now - kept.arrived_at, kept.beat)
-            for digest, kept in self._keys.get(key, {}).items()
+            for digest, kept in found
         ]
-        return rows if len(rows) <= MAX_ROWS else self._rng.sample(rows, MAX_ROWS)
 
     def get(
         self, key: bytes, *, now: float, peers: Iterable[bytes] | None = None

@@ -1,8 +1,10 @@
 """Which of a key's holders to ask, and how many at once.
 
-Pure. Under a model's only key all are asked but liars, as there are few records. Of a shard's a
-reader that remembers the shard asks one, drawn anew at each read: what that one withholds, others
-have told shortly before or will tell at the next read. Who did badly is asked last for a while.
+Pure. Under a model's only key all are asked but liars and those that hang, as there are few
+records; three at least, so that nobody who has the others taken for bad is asked alone. Of a
+shard's a reader that remembers the shard asks one, drawn anew at each read: what that one
+withholds, others have told shortly before or will tell at the next read. Who did badly is asked
+last for a while.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ class Standing(IntEnum):
 
     GOOD = 0
     LACKING = 1
-    """It did not answer, or withheld."""
-    LIAR = 2
-    """It gave what cannot be true, or not what it listed."""
+    """It withheld, or has come near the key just now."""
+    SILENT = 2
+    """It did not answer, or listed what it then did not give in time."""
+    LIAR = 3
+    """It gave what no author signed, or what nobody asked for."""
 
 
 class HolderBook:
@@ -70,10 +74,10 @@ def asked_at_once(*, is_first: bool, is_cold: bool, is_shard: bool, trusted: int
         is_first: whether it is the first round of a read.
         is_cold: whether nothing is remembered of the key.
         is_shard: whether the key is one of several of its model.
-        trusted: holders that are not known as liars.
+        trusted: holders that are known neither as liars nor as silent.
     """
     if not is_shard:
-        return (trusted if is_first else 0) or HOLDERS
+        return max(trusted, COLD_ASKED) if is_first else HOLDERS
     if not is_first:
         return MORE_ASKED
     return COLD_ASKED if is_cold else WARM_ASKED

@@ -6,8 +6,9 @@ that no server is forgotten because the swarm grew or shrank.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from p2p.directory_memory import KeyMemory, Known
 from p2p.holder_choice import HolderBook, Standing, asked_at_once
@@ -44,7 +45,7 @@ class KeyRead:
         self._book = book
         self._is_shard = is_shard
         self._queue = book.order(holders, now, rng=rng)
-        self._trusted = sum(book.standing(one, now) != Standing.LIAR for one in holders)
+        self._trusted = sum(book.standing(one, now) < Standing.SILENT for one in holders)
         self._asked: list[str] = []
         self._ended: set[str] = set()
 
@@ -72,8 +73,10 @@ class KeyRead:
         """The read is over: remembers how the holders did."""
         self._memory.finish(now)
         lacking = set(self._memory.find_bad(self._ended, now))
-        for holder in self._ended:
+        for holder in self._ended | self._memory.silent:
             standing = Standing.LACKING if holder in lacking else Standing.GOOD
+            if holder in self._memory.silent:
+                standing = Standing.SILENT
             if holder in self._memory.liars:
                 standing = Standing.LIAR
             self._book.note(holder, standing, now)
@@ -88,6 +91,7 @@ class ModelMemory:
         is_signed: whether a record's signature is its peer's.
 
     Attributes:
+        key: as given.
         sample: as given.
     """
 
@@ -95,13 +99,17 @@ class ModelMemory:
         self, key: bytes, sample: Sample, *, is_signed: Callable[[SignedRecord], bool]
     ) -> None:
         self.sample = sample
-        self._key = key
+        self.key = key
         self._is_signed = is_signed
         self._memories: dict[bytes, KeyMemory] = {}
-        self._read_at: dict[bytes, float] = {}
+        self._begun_at: dict[bytes, float] = {}
 
-    def due(self, now: float) -> tuple[Shard, ...]:
-        """Which shards of the sample to read now.
+    def begin_lookup(self, now: float) -> None:
+        """A lookup begins, of one or several rounds."""
+        self.sample.begin(is_anything_known=bool(self.living(now)))
+
+    def due(self, now: float, max_age_s: float = SHARD_AGE_S) -> tuple[Shard, ...]:
+        """Which shards of the sample to read now, where what is so old is too old.
 
         Where that is all that there is, all of it. Of a larger swarm those that were not read just
         before: hardly a server has said anything since.
@@ -109,29 +117,43 @@ class ModelMemory:
         shards = self.sample.shards
         if self.sample.share == 1:
             return shards
-        return tuple(
-            shard
-            for shard in shards
-            if now - self._read_at.get(shard.key(self._key), -SHARD_AGE_S) >= SHARD_AGE_S
-        )
+        age_s = min(SHARD_AGE_S, max_age_s)
+        return tuple(shard for shard in shards if now - self._read_at(shard) >= age_s)
+
+    def _read_at(self, shard: Shard) -> float:
+        memory = self._memories.get(shard.key(self.key))
+        return -math.inf if memory is None or memory.read_at is None else memory.read_at
 
     def begin(self, shards: Sequence[Shard], now: float) -> list[KeyMemory]:
-        """Begins to read some shards; gives the memory of each."""
+        """Begins to read some shards of one level; gives the memory of each."""
+        expected = self.expect(shards, now)
+        return [self.begin_one(shard, expected[shard.index], now) for shard in shards]
+
+    def expect(self, shards: Sequence[Shard], now: float) -> dict[int, dict[bytes, float]]:
+        """Until when each server lives that is to be found in one of some shards of one level."""
         expected: dict[int, dict[bytes, float]] = {shard.index: {} for shard in shards}
-        for digest, one in self.living(now).items():
-            index = shard_index(digest, self.sample.level)
+        for digest, one in self.living(now).items() if shards else ():
+            index = shard_index(digest, shards[0].level)
             if index in expected:
                 expected[index][digest] = one.expires_at
-        begun = []
-        for shard in shards:
-            key = shard.key(self._key)
-            memory = self._memories.get(key)
-            if memory is None:
-                memory = self._memories[key] = KeyMemory(key, is_signed=self._is_signed)
-            memory.begin(now, expected[shard.index])
-            self._read_at[key] = now
-            begun.append(memory)
-        return begun
+        return expected
+
+    def begin_one(self, shard: Shard, expected: Mapping[bytes, float], now: float) -> KeyMemory:
+        """Begins to read a shard; no other read of it may be under way."""
+        key = shard.key(self.key)
+        memory = self._memories.get(key)
+        if memory is None:
+            holds = shard.holds if shard.index else None  # the model's key is many shards'
+            memory = KeyMemory(key, is_signed=self._is_signed, holds=holds)
+            self._memories[key] = memory
+        memory.begin(now, expected)
+        self._begun_at[key] = now
+        return memory
+
+    def is_read_since(self, shard: Shard, at: float) -> bool:
+        """Whether a read of a shard that began later has ended well."""
+        begun_at = self._begun_at.get(shard.key(self.key), -math.inf)
+        return at < begun_at <= self._read_at(shard)
 
     def finish(self, now: float) -> bool:
         """The sample's shards were read; says whether those are the ones to read."""
@@ -141,8 +163,8 @@ class ModelMemory:
         """The servers of some shards; forgets keys that were not read since all in them expired."""
         level, indices = shards[0].level, {shard.index for shard in shards}
         living = self.living(now)
-        for key in [key for key, at in self._read_at.items() if now - at > MAX_TTL_S]:
-            del self._read_at[key], self._memories[key]
+        for key in [key for key, at in self._begun_at.items() if now - at > MAX_TTL_S]:
+            del self._begun_at[key], self._memories[key]
         return tuple(one for digest, one in living.items() if shard_index(digest, level) in indices)
 
     def living(self, now: float) -> dict[bytes, Known]:

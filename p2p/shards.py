@@ -50,6 +50,15 @@ FEWEST_COUNTED = 2 / 3
 there are. It has a third more at least, where the estimates of those servers are right."""
 
 
+SURE_DEVIATIONS = 3.0
+"""Where the first shard tells of so many standard deviations more servers than were found, the
+level was wrong, not the luck. That is a half more, by two thirds of `SERVERS_PER_SHARD`."""
+
+HOLLOW_LOOKUPS = 16
+"""For so long a level is left alone at which the first shard's word was found to be false: some
+three minutes. Whoever grinds identities whose digests begin with many zeros can make it so."""
+
+
 @functools.lru_cache(maxsize=1 << 15)  # views of one swarm ask for the same peers again and again
 def peer_digest(peer: str) -> bytes:
     """What stands for a peer in others' announcements: 8 bytes of the SHA-256 of its id."""
@@ -114,19 +123,27 @@ def estimate_servers(counts: Sequence[int], level: int) -> float:
 
 
 def estimate_from_first_shard(
-    digests: Iterable[bytes], *, per_shard: float = SERVERS_PER_SHARD
+    digests: Iterable[bytes],
+    *,
+    per_shard: float = SERVERS_PER_SHARD,
+    below: int = INDEX_BITS,
 ) -> float:
     """How many servers there are, by those under the model's own key.
 
     Those are all whose digests begin with some number of zeros, which follows from themselves.
+
+    Args:
+        digests: of those under the key, and any others.
+        per_shard: servers, at least.
+        below: a level that is known to be empty; digests of so many zeros count for nothing.
     """
     zeros = [INDEX_BITS - int.from_bytes(digest[:4]).bit_length() for digest in digests]
     most = float(len(zeros))
-    for level in range(1, MAX_LEVEL + 1):
-        count = sum(number >= level for number in zeros)
+    for level in range(1, min(MAX_LEVEL + 1, below)):
+        count = sum(level <= number < below for number in zeros)
         if count < FEWEST_COUNTED * per_shard:
             break
-        most = max(most, count * 2.0**level)
+        most = max(most, count * 2.0**level / (1 - 2.0 ** (level - below)))
     return most
 
 
@@ -147,6 +164,8 @@ class Sample:
         self.level = 0
         self._per_shard = per_shard
         self._digest = digest
+        self._is_guess = False
+        self._hollow, self._hollow_for = INDEX_BITS, 0
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -166,29 +185,51 @@ class Sample:
         """The part of all servers that is in the sample."""
         return min(1.0, SHARDS_READ / (1 << self.level))
 
+    def begin(self, *, is_anything_known: bool) -> None:
+        """A lookup begins; without anything that is known it begins anew, at the model's key."""
+        self._hollow_for -= 1
+        if self._hollow_for <= 0:
+            self._hollow = INDEX_BITS
+        if not is_anything_known:
+            self.servers, self.level, self._is_guess = None, 0, False
+
     def on_read(self, digests: Iterable[bytes]) -> bool:
         """Takes the servers that were found in the shards of now; says whether those stay.
 
-        Where it says no, there are other shards to be read.
+        Where it says no, there are other shards to be read. The first shard is asked for the number
+        of servers where a level has far fewer than it should, which was too high or too low then,
+        and at the lowest levels, where what it has itself may look like the whole.
         """
-        is_first, found = self.servers is None, list(digests)
-        if is_first:
-            self.servers = estimate_from_first_shard(found, per_shard=self._per_shard)
-        else:
-            shards = self.shards
-            counts = dict.fromkeys((shard.index for shard in shards), 0)
-            for digest in found:
-                index = shard_index(digest, self.level)
-                if index in counts:
-                    counts[index] += 1
-            self.servers = estimate_servers(list(counts.values()), self.level)
+        found, before, was_guess = list(digests), self.level, self._is_guess
+        is_first, self._is_guess = self.servers is None, False
+        self.servers = self._count(found)
         depth = _depth(self.servers, self._per_shard)
-        if self.level - HYSTERESIS <= depth < self.level + 1 + HYSTERESIS and not is_first:
+        is_collapse = depth < before - 1
+        if was_guess and depth < before - HYSTERESIS:
+            self._hollow, self._hollow_for = before, HOLLOW_LOOKUPS
+        if 1 << before < SHARDS_READ or is_collapse:
+            guess = estimate_from_first_shard(found, per_shard=self._per_shard, below=self._hollow)
+            luck = SURE_DEVIATIONS / math.sqrt(FEWEST_COUNTED * self._per_shard)
+            if guess > self.servers * (1.0 if is_first else 1.0 + luck):
+                self.servers, self._is_guess = guess, True
+                depth = min(_depth(guess, self._per_shard), self._hollow - 1)
+        if before - HYSTERESIS <= depth < before + 1 + HYSTERESIS and not is_first:
             return True
-        before, self.level = self.level, max(0, min(math.floor(depth), MAX_LEVEL))
-        if is_first and self.level == 0:
+        self.level = max(0, min(math.floor(depth), MAX_LEVEL))
+        if before == self.level == 0:
             self.servers = float(len(found))
         return before == self.level
+
+    def _count(self, found: Sequence[bytes]) -> float:
+        """How many servers there are, by those in the shards of now."""
+        if self.level == 0:
+            return float(len(found))
+        counts = dict.fromkeys((shard.index for shard in self.shards), 0)
+        for digest in found:
+            index = shard_index(digest, self.level)
+            if index in counts:
+                counts[index] += 1
+        return estimate_servers(list(counts.values()), self.level)
 
     def keys(self, model_key: bytes, digest: bytes) -> tuple[bytes, ...]:
         """Under which keys a server announces itself by what was read here."""

@@ -138,7 +138,9 @@ class Router:
         known = views.get(model.fingerprint)
         if known is not None and trio.current_time() - known[0] <= max_age_s:
             return known[1]
-        found = await self._directory.lookup(directory_key(model.fingerprint), whole=whole)
+        found = await self._directory.lookup(
+            directory_key(model.fingerprint), whole=whole, max_age_s=max_age_s
+        )
         if len(self._announced) > MAX_ANNOUNCED:
             self._announced.clear()
         servers = []

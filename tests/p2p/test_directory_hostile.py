@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 import trio
@@ -13,6 +14,7 @@ from p2p.beats import BEAT_BYTES
 from p2p.directory import Directory
 from p2p.directory_store import DirectoryStore, StoreLimits
 from p2p.errors import RemoteProtocolError
+from p2p.holder_choice import Standing
 from p2p.memory_network import MemoryHub, MemoryNetwork, open_memory_hub
 from p2p.network import Stream
 from p2p.rpc import MessageStream
@@ -140,6 +142,44 @@ async def test_hostile_holders_of_shards_hide_nobody_and_are_asked_last(autojump
         assert sum(asked[:6]) > 0
         assert sum(asked[-6:]) <= 2, asked
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("per_shard", [3, 1000])
+@pytest.mark.parametrize("count", [1, 4])
+async def test_holders_that_list_and_then_hang_hide_nobody(autojump_clock, per_shard, count):
+    async with open_memory_hub(latency_s=0.03) as hub, trio.open_nursery() as nursery:
+        parts = [add_directory(hub, f"peer {n}", per_shard=per_shard) for n in range(24)]
+        for _, directory in parts:
+            nursery.start_soon(keep_published, directory)
+        await trio.sleep(60)
+        reader_network, reader = add_directory(hub, "reader", per_shard=per_shard)
+        by_peer = {network.peer: (network, directory) for network, directory in parts}
+        nearest = [one.peer for one in await reader_network.find_closest_peers(KEY, 8)]
+        hostile = [peer for peer in nearest if peer in by_peer][:count]
+        for peer in hostile:
+            network, directory = by_peer[peer]
+            network.set_handler(DIRECTORY_PROTOCOL, partial(list_and_hang, directory))
+            hub.link(peer, reader_network.peer).latency_s = 0.001
+        asked_s = []
+        for _ in range(4):
+            began_at = trio.current_time()
+            assert await peers_seen(reader) == set(by_peer)
+            asked_s.append(trio.current_time() - began_at)
+            await trio.sleep(12)
+        assert asked_s[-1] < 0.5, asked_s
+        standings = {reader._book.standing(peer, trio.current_time()) for peer in by_peer}
+        assert Standing.LIAR not in standings
+        if per_shard == 1000:  # else some were not asked
+            assert Standing.SILENT in standings
+        nursery.cancel_scope.cancel()
+
+
+async def list_and_hang(directory: Directory, stream: Stream) -> None:
+    async with MessageStream(stream) as messages:
+        while request := await messages.receive():
+            if isinstance(request, GetRecords):
+                await trio.sleep_forever()
+            await messages.send(directory._holder._answer(request, messages.remote_peer, ""))
 
 
 async def test_a_flood_of_identities_from_one_place_keeps_nobody_out(autojump_clock):

@@ -9,7 +9,7 @@ import pytest
 
 from p2p.beats import BEAT_S, BeatChain
 from p2p.directory_author import Author, OwnRecord
-from p2p.directory_memory import CLOCK_SKEW_S, FADING_S, MAX_KNOWN, KeyMemory
+from p2p.directory_memory import CLAIM_S, CLOCK_SKEW_S, FADING_S, MAX_KNOWN, KeyMemory
 from p2p.holder_choice import (
     COLD_ASKED,
     HOLDERS,
@@ -19,7 +19,7 @@ from p2p.holder_choice import (
     Standing,
     asked_at_once,
 )
-from p2p.shards import peer_digest
+from p2p.shards import Shard, peer_digest
 from p2p.wire.directory_messages import (
     MAX_ROWS,
     PutBeat,
@@ -61,7 +61,7 @@ def read(
 ) -> tuple[bytes, ...]:
     """A whole answer of an honest holder; gives what was fetched."""
     memory.on_list(holder, [row_of(own, age_s) for own in told], now=now, wall_now=now)
-    fetched = memory.claim(holder)
+    fetched = memory.claim(holder, now)
     if fetched:
         records = {peer_digest(own.record.peer): own.record for own in told}
         given = [records[digest] for digest in fetched]
@@ -113,12 +113,45 @@ def test_a_record_is_fetched_from_one_holder_at_a_time():
     memory.begin(0)
     for holder in ("one", "other"):
         memory.on_list(holder, [row_of(own)], now=0, wall_now=0)
-    claimed = memory.claim("one")
-    assert memory.claim("other") == ()
-    assert memory.is_waiting("other")
-    memory.release("one", claimed)
-    assert memory.claim("one") == ()
-    assert memory.claim("other") == claimed
+    claimed = memory.claim("one", 0)
+    assert memory.claim("other", 0) == ()
+    assert memory.waits_until("other") == CLAIM_S
+    memory.release("one", claimed, 0)
+    assert memory.claim("one", 0) == ()
+    assert memory.claim("other", 0) == claimed
+
+
+def test_what_a_holder_does_not_give_in_time_is_fetched_from_others():
+    memory, own = make_memory(), say(make_author("a"))
+    memory.begin(0)
+    holders = [str(number) for number in range(HOLDERS)]
+    for holder in holders:
+        memory.on_list(holder, [row_of(own)], now=0, wall_now=0)
+    now = 0.0
+    for holder in holders:
+        claimed = memory.claim(holder, now)
+        assert claimed
+        until = memory.waits_until(holders[-1])
+        assert until is not None
+        now = until
+    assert now < 2 * CLAIM_S
+    memory.on_records(holders[-1], claimed, [own.record], now=now, wall_now=now)
+    assert bodies(memory, now) == [b"body"]
+    for holder in holders[:-1]:
+        memory.release(holder, claimed, now)
+    assert memory.find_bad(holders, now) == holders[:-1]
+
+
+def test_an_answer_that_comes_late_is_no_lie():
+    memory, own = make_memory(), say(make_author("a"))
+    memory.begin(0)
+    for holder in ("slow", "quick"):
+        memory.on_list(holder, [row_of(own)], now=0, wall_now=0)
+    claimed = memory.claim("slow", 0)
+    read(memory, "quick", own, now=CLAIM_S)
+    assert memory.is_enough(CLAIM_S)
+    memory.on_records("slow", claimed, [own.record], now=1, wall_now=1)
+    assert memory.find_bad(["slow", "quick"], 1) == []
 
 
 def test_a_crashed_server_is_forgotten_whatever_a_holder_says():
@@ -157,7 +190,7 @@ def test_a_record_of_long_ago_is_not_believed_and_fetched_once():
 
 @pytest.mark.parametrize(
     "change",
-    [{"signature": bytes(64)}, {"key": b"x" * 32}, {"sequence": 0}, {"peer": "b"}],
+    [{"signature": bytes(64)}, {"key": b"x" * 32}, {"peer": "b"}],
     ids=str,
 )
 def test_the_first_forged_record_ends_what_is_taken_from_a_holder(change):
@@ -165,13 +198,13 @@ def test_the_first_forged_record_ends_what_is_taken_from_a_holder(change):
     told = [say(make_author(name)) for name in ("a", "c", "d")]
     memory.begin(0)
     memory.on_list("liar", [row_of(own) for own in told], now=0, wall_now=0)
-    claimed = memory.claim("liar")
+    claimed = memory.claim("liar", 0)
     given = [told[0].record, dataclasses.replace(told[1].record, **change), told[2].record]
     memory.on_records("liar", claimed, given, now=0, wall_now=0)
     assert len(memory.living(0)) == 1
-    assert memory.find_bad(["liar"], 0) == ["liar"]
+    assert memory.liars == {"liar"}
     memory.on_list("good", [row_of(own) for own in told], now=0, wall_now=0)
-    assert len(memory.claim("good")) == 2
+    assert len(memory.claim("good", 0)) == 2
 
 
 def test_a_beat_of_another_chain_is_passed_over():
@@ -202,14 +235,62 @@ def test_a_clock_that_is_set_back_does_not_silence_an_author():
     assert again.record.sequence == first.record.sequence + 1
 
 
+def test_an_author_whose_clock_was_put_right_is_seen_and_its_old_record_is_not():
+    memory, author = make_memory(), make_author("a")
+    memory.begin(0)
+    ahead = say(author, b"ahead", at=300.0, sequence=300_000)
+    read(memory, "one", ahead, now=0)
+    memory.begin(60)
+    right = say(make_author("a"), b"right", at=60.0, sequence=60_000)
+    read(memory, "one", right, now=60)
+    assert bodies(memory, 60) == [b"right"]
+    memory.begin(61)
+    read(memory, "liar", ahead, now=61)
+    assert bodies(memory, 61) == [b"right"]
+
+
+def test_what_a_crashed_server_had_said_before_its_last_word_is_not_believed():
+    memory, author = make_memory(), make_author("a")
+    first = say(author, b"first", at=0.0, sequence=1)
+    second = say(author, b"second", at=10.0, sequence=2)
+    memory.begin(10)
+    read(memory, "one", second, now=10)
+    for now in range(10, 600, 15):
+        memory.begin(now)
+        read(memory, "liar", first, now=now)
+        assert bodies(memory, now) == ([b"second"] if now < 10 + TTL_S else [])
+
+
+def test_a_reader_whose_clock_was_put_right_sees_again():
+    memory, own = make_memory(), say(make_author("a"), at=7200.0)
+    for now, wall_now, seen in ((0, 0, 0), (30, 7230, 0), (70, 7240, 1)):
+        memory.begin(now)
+        memory.on_list("one", [row_of(own)], now=now, wall_now=wall_now)
+        claimed = memory.claim("one", now)
+        memory.on_records("one", claimed, [own.record] * len(claimed), now=now, wall_now=wall_now)
+        assert len(memory.living(now)) == seen
+
+
 def test_who_lists_and_does_not_give_is_asked_last():
     memory = make_memory()
     told = [say(make_author(str(number))) for number in range(40)]
     memory.begin(0)
     memory.on_list("liar", [row_of(own) for own in told], now=0, wall_now=0)
-    memory.on_records("liar", memory.claim("liar"), [], now=0, wall_now=0)
-    assert not memory.claim("liar")
+    memory.on_records("liar", memory.claim("liar", 0), [], now=0, wall_now=0)
+    assert not memory.claim("liar", 0)
     assert memory.find_bad(["liar"], 0) == ["liar"]
+
+
+@pytest.mark.parametrize("change", [{"sequence": 0}, {"beat": bytes(16)}], ids=str)
+def test_an_author_that_goes_back_makes_no_liar_of_a_holder(change):
+    memory = make_memory()
+    told = [say(make_author(str(number))) for number in range(10)]
+    memory.begin(0)
+    memory.on_list("holder", [row_of(own) for own in told], now=0, wall_now=0)
+    given = [dataclasses.replace(told[0].record, **change)] + [own.record for own in told[1:]]
+    memory.on_records("holder", memory.claim("holder", 0), given, now=0, wall_now=0)
+    assert memory.liars == memory.silent == set()
+    assert len(memory.living(0)) == 9
 
 
 def test_who_withholds_what_others_told_is_not_enough():
@@ -261,6 +342,19 @@ def test_nobody_is_forgotten_before_all_were_asked():
     assert memory.is_enough(44)
 
 
+def test_who_is_told_under_the_key_of_another_shard_is_passed_over():
+    memory = KeyMemory(
+        KEY,
+        is_signed=lambda record: True,
+        holds=Shard(1, 1).holds,
+    )
+    told = [say(make_author(str(number))) for number in range(20)]
+    memory.begin(0)
+    fetched = read(memory, "one", *told, now=0)
+    assert 0 < len(fetched) < 20
+    assert all(Shard(1, 1).holds(digest) for digest in fetched)
+
+
 def test_a_flood_has_a_bound():
     memory = make_memory()
     rng = random.Random(0)
@@ -269,7 +363,7 @@ def test_a_flood_has_a_bound():
         records = [make_flood(rng.randbytes(8).hex()) for _ in range(MAX_ROWS + 50)]
         rows = [Row(peer_digest(one.peer), 1, 0, 0.0, one.beat) for one in records]
         memory.on_list("flooder", rows, now=number, wall_now=number)
-        while claimed := memory.claim("flooder"):
+        while claimed := memory.claim("flooder", number):
             given = [one for one in records if peer_digest(one.peer) in claimed]
             memory.on_records("flooder", claimed, given, now=number, wall_now=number)
         assert len(memory.living(number)) == min(MAX_ROWS * (number + 1), MAX_KNOWN)
@@ -305,7 +399,8 @@ def test_how_many_are_asked() -> None:
 
     assert asked(False, True, True) == asked(False, True, False) == HOLDERS
     assert asked(False, True, True, trusted=5) == 5
-    assert asked(False, True, True, trusted=0) == asked(False, False, True, trusted=5) == HOLDERS
+    assert asked(False, True, True, trusted=0) == COLD_ASKED
+    assert asked(False, False, True, trusted=5) == HOLDERS
     assert asked(True, True, True) == COLD_ASKED
     assert asked(True, True, False) == WARM_ASKED
     assert BEAT_S < 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 import trio
@@ -148,6 +149,111 @@ async def test_holders_of_a_shard_that_are_gone_are_found_anew(autojump_clock):
             living = {peer.network.peer for peer in peers[:12]}
             assert all(peer.seen == living for peer in peers[:12])
             nursery.cancel_scope.cancel()
+
+
+async def test_whoever_was_cut_off_sees_and_is_seen_again(autojump_clock):
+    async with open_memory_hub() as hub, trio.open_nursery() as nursery:
+        peers = [Peer(hub, number, per_shard=3) for number in range(40)]
+        for peer in peers:
+            nursery.start_soon(peer.run)
+        await trio.sleep(100)
+        everybody = {peer.network.peer for peer in peers}
+        hub.freeze(peers[0].network.peer)
+        await trio.sleep(90)
+        hub.thaw(peers[0].network.peer)
+        await trio.sleep(90)
+        assert peers[0].level == peers[1].level == 3
+        for peer in peers:
+            assert peer.seen == everybody
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_lookup_that_was_cancelled_does_not_count_as_one(autojump_clock):
+    async with open_memory_hub(latency_s=0.03) as hub, trio.open_nursery() as nursery:
+        peers = [Peer(hub, number, per_shard=3) for number in range(60)]
+        for peer in peers:
+            nursery.start_soon(peer.run)
+        await trio.sleep(100)
+        for wait_s in (0.03, 0.1, 0.2, 0.22, 0.25):
+            reader = Peer(hub, 100 + int(wait_s * 100), per_shard=3)
+            with trio.move_on_after(wait_s):
+                await reader.directory.lookup(KEY)
+            found = await reader.directory.lookup(KEY)
+            assert found.share < 1
+            assert len(found.records) > 0.6 * found.share * len(peers)
+        nursery.cancel_scope.cancel()
+
+
+async def make_large_swarm(hub: MemoryHub, count: int = 80) -> list[Peer]:
+    """Of which half is a sample."""
+    peers = [Peer(hub, number, per_shard=2) for number in range(count)]
+    for peer in peers:
+        model = peer.directory._model(KEY)
+        model.memory.sample.level, model.memory.sample.servers = 4, 16 * 4.0
+        model.looked_at = 0.0
+        await peer.directory.publish(KEY, b"same", ttl_s=TTL_S, sequence=1)
+    return peers
+
+
+async def test_a_lookup_of_a_large_swarm_is_as_fresh_as_it_is_asked_to_be(autojump_clock):
+    async with open_memory_hub() as hub:
+        peers = await make_large_swarm(hub)
+        reader = peers[0].directory
+        found = await reader.lookup(KEY)
+        assert found.share < 1
+        changed = {one.peer for one in found.records if one.peer != peers[0].network.peer}
+        await trio.sleep(1)
+        for peer in peers:
+            if peer.network.peer in changed:
+                await peer.directory.publish(KEY, b"new", ttl_s=TTL_S, sequence=2)
+        fresh = {}
+        for max_age_s in (15.0, 0.0):
+            found = await reader.lookup(KEY, max_age_s=max_age_s)
+            fresh[max_age_s] = {one.peer for one in found.records if one.body == b"new"}
+        assert len(fresh[15.0]) == 0
+        assert len(fresh[0.0] & changed) > 0.8 * len(changed)
+
+
+async def test_lookups_at_once_are_merged(autojump_clock):
+    async with open_memory_hub(latency_s=0.03) as hub:
+        peers = [Peer(hub, number, per_shard=50) for number in range(20)]
+        for peer in peers:
+            await peer.directory.publish(KEY, b"same", ttl_s=TTL_S, sequence=1)
+        reader = Peer(hub, 100, per_shard=50)
+        await reader.directory.lookup(KEY)
+        (nearest, *_) = await reader.network.find_closest_peers(KEY, 8)
+        hub.freeze(nearest.peer)  # each lookup takes a second
+        for max_age_s, most in ((15.0, 1.0), (0.0, 2.0)):
+            began_at = trio.current_time()
+            async with trio.open_nursery() as nursery:
+                for _ in range(10):
+                    nursery.start_soon(partial(reader.directory.lookup, KEY, max_age_s=max_age_s))
+            assert trio.current_time() - began_at < most + 0.8
+
+
+async def test_a_lookup_does_not_wait_for_one_of_the_whole(autojump_clock):
+    async with open_memory_hub(latency_s=0.08) as hub:
+        peers = await make_large_swarm(hub)
+        reader = Peer(hub, 100, per_shard=2).directory
+        await reader.lookup(KEY)
+        for peer in peers[:10]:
+            hub.freeze(peer.network.peer)
+        await trio.sleep(16)
+        ended_at: dict[str, float] = {}
+
+        async def look(name: str, whole: bool) -> None:
+            found = await reader.lookup(KEY, whole=whole)
+            assert len(found.records) > 10
+            ended_at[name] = trio.current_time()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look, "whole", True)
+            for _ in range(2000):
+                if reader._model(KEY).whole_turn.lock.locked():
+                    break
+                await trio.sleep(0.01)
+            nursery.start_soon(look, "sample", False)
+        assert ended_at["sample"] < ended_at["whole"]
 
 
 async def test_shards_over_libp2p():

@@ -211,6 +211,18 @@ def test_a_flood_from_one_neighbourhood_keeps_nobody_out():
     assert kept >= {"first", "late 0", "late 1", "late 2", "late 3"}
 
 
+def test_a_flood_from_one_neighbourhood_crowds_nobody_out_of_lists():
+    store = DirectoryStore()
+    for number in range(2000):
+        store.put(make_record(peer=f"flood {number}"), now=0, neighbourhood="198.51.100.0/24")
+    honest = {f"peer {number}" for number in range(200)}
+    for number, peer in enumerate(sorted(honest)):
+        store.put(make_record(peer=peer), now=0, neighbourhood=f"203.0.{number % 20}.0/24")
+    listed = {row.peer for row in store.list_rows(KEYS[0], now=0)}
+    assert len(listed) == MAX_ROWS
+    assert listed >= {peer_digest(peer) for peer in honest}
+
+
 def test_who_was_there_before_a_flood_from_his_neighbourhood_stays():
     store = DirectoryStore(StoreLimits(records_per_key=4))
     store.put(make_record(peer="first"), now=0, neighbourhood="a")

@@ -114,6 +114,65 @@ def test_a_level_is_kept_while_the_estimate_is_near_its_bounds():
         assert sample.level == level, servers
 
 
+def read_until_settled(sample: Sample, told: dict[bytes, set[bytes]]) -> set[bytes]:
+    """One lookup that remembers nothing but the sample; gives what was found."""
+    found: set[bytes] = set()
+    sample.begin(is_anything_known=sample.servers is not None)
+    for _ in range(4):
+        shards = sample.shards
+        found = set().union(*(told.get(shard.key(KEY), set()) for shard in shards))
+        if sample.on_read(found):
+            break
+    return found
+
+
+def announce(servers: int) -> dict[bytes, set[bytes]]:
+    told: dict[bytes, set[bytes]] = {}
+    for digest in map(digest_of, range(servers)):
+        for key in announced_keys(KEY, digest, servers):
+            told.setdefault(key, set()).add(digest)
+    return told
+
+
+@pytest.mark.parametrize("servers", [150, 300, 1000, 5000])
+@pytest.mark.parametrize("number", range(6))
+def test_a_reader_at_any_wrong_level_finds_the_right_one(servers, number):
+    told = announce(servers)
+    true_level = math.floor(math.log2(servers / SERVERS_PER_SHARD))
+    for level in range(10):
+        sample = make_sample(number)
+        sample.servers, sample.level = 2.0**level * SERVERS_PER_SHARD, level
+        for _ in range(2):
+            found = read_until_settled(sample, told)
+        assert abs(sample.level - true_level) <= 1, level
+        assert len(found) > 0.7 * servers * sample.share, level
+
+
+def test_a_reader_that_saw_nobody_for_a_while_finds_its_level_again():
+    sample = make_sample()
+    told = announce(1000)
+    for _ in range(2):
+        assert len(read_until_settled(sample, told)) > 400
+        for _ in range(3):
+            assert not read_until_settled(sample, {})
+
+
+def test_a_reader_of_a_swarm_that_grew_unseen_finds_its_level():
+    sample = make_sample()
+    assert len(read_until_settled(sample, announce(40))) == 40
+    assert len(read_until_settled(sample, announce(2000))) > 300
+
+
+@pytest.mark.parametrize("zeros", [9, 13])
+def test_identities_that_were_ground_do_not_drive_readers_to_an_empty_level(zeros):
+    told = announce(1000)
+    told[KEY] |= {(1 << (63 - zeros) | number).to_bytes(8) for number in range(40)}
+    for number in range(8):
+        sample = make_sample(number)
+        assert len(read_until_settled(sample, told)) > 300
+        assert sample.level == 4
+
+
 def test_shards_whose_holders_lie_do_not_make_the_estimate():
     assert estimate_servers([60, 60, 512, 60, 0, 60, 60, 512], 4) == 960
     assert estimate_servers([7], 0) == 7

@@ -11,6 +11,7 @@ import trio
 
 from p2p.directory import Directory, Lookup
 from p2p.memory_network import MemoryHub, MemoryNetwork, open_memory_hub
+from p2p.model_memory import SHARD_AGE_S
 from petald.config import RouteConfig
 from petald.errors import MissingBlocks
 from petald.router import PENALTY_S, Router, _ModelChooser
@@ -215,9 +216,11 @@ class SampleDirectory(Directory):
         self.hidden = ""
         self.asked: list[bool] = []
 
-    async def lookup(self, key: bytes, *, whole: bool = False) -> Lookup:
+    async def lookup(
+        self, key: bytes, *, whole: bool = False, max_age_s: float = SHARD_AGE_S
+    ) -> Lookup:
         self.asked.append(whole)
-        found = await super().lookup(key)
+        found = await super().lookup(key, max_age_s=max_age_s)
         if whole:
             return found
         return Lookup(tuple(one for one in found.records if one.peer != self.hidden), 0.5)
