@@ -326,8 +326,9 @@ class World:
         if not reader.server.is_alive:
             return
         memory = reader.memory
+        memory.begin_lookup(self.now)
         for _ in range(4):
-            due = memory.due(self.now)
+            due = memory.due(self.now, max_age_s=0.0)  # as the mover of a server reads
             self._due += 0.01 * (len(due) / len(memory.sample.shards) - self._due)
             for key_memory in memory.begin(due, self.now):
                 self.read_key(reader, key_memory)

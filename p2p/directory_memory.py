@@ -306,7 +306,9 @@ class KeyMemory:
         return self._is_cold
 
     def finish(self, now: float) -> None:
-        """A read ends."""
+        """A read ends: what lists said of records that came only after them counts, too."""
+        for holder in self._lists:
+            self._open(holder)
         if self._lists:
             self._read_at = now
 

@@ -191,11 +191,14 @@ async def lie(told: Lie, stream: Stream) -> None:
                 await messages.send(Records(records=told.records))
 
 
-async def test_lying_holders_are_seen_through(autojump_clock):
+@pytest.mark.parametrize("first", range(0, 13, 5))
+async def test_lying_holders_are_seen_through(autojump_clock, first):
     async with open_memory_hub() as hub:
         author, record = await capture_record(hub)
-        for lies in tell_lies(record, hub.make_network().peer):
-            hub.make_network().set_handler(DIRECTORY_PROTOCOL, partial(lie, lies))
+        lies = tell_lies(record, hub.make_network().peer)
+        assert len(lies) <= 15
+        for each in lies[first : first + 5]:  # with the others not more than all that are asked
+            hub.make_network().set_handler(DIRECTORY_PROTOCOL, partial(lie, each))
         _, reader = add_directory(hub)
         assert [(each.peer, each.body) for each in (await reader.lookup(KEY)).records] == [
             (author, b"true")
