@@ -98,7 +98,8 @@ class SimulatedServer:
         self.server.stop_accepting()
         await self.announcer.withdraw()
         await self.server.drain(deadline_s=60.0)
-        self.kill()
+        if self.is_alive:  # or it was killed while it drained
+            self.kill()
 
 
 class SimulatedSwarm:
