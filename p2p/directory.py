@@ -5,8 +5,8 @@ can put again what somebody else once said. Readers check signatures and beats, 
 lie, and ask several, since they may withhold. What is decided stands in pure modules: `p2p.shards`
 (under which keys), `p2p.directory_author` (what to say), `p2p.model_memory` and `p2p.holder_choice`
 (what and whom to ask), `p2p.directory_memory` (what to believe), `p2p.directory_store` (what to
-keep for others). Here it
-is carried out. Invariant: reading a key ends within its deadline, whoever hangs.
+keep for others). Here it is carried out. Invariant: reading a key ends within its deadline, whoever
+hangs.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from p2p.wire.directory_messages import (
     PutRecord,
     RecordList,
     Records,
+    SignedRecord,
     decode_rows,
 )
 from p2p.wire.message import Message, expect
@@ -354,17 +355,16 @@ class Directory:
         self, messages: MessageStream, reading: _Reading, holder: str, claimed: tuple[bytes, ...]
     ) -> None:
         memory = reading.memory
+        records: tuple[SignedRecord, ...] | None = None
         try:
             await messages.send(GetRecords(key=memory.key, peers=claimed))
             records = expect(await _receive(messages), Records).records
-        except BaseException:
-            memory.release(holder, claimed, self._clock())
-            raise
-        else:
-            memory.on_records(
-                holder, claimed, records, now=self._clock(), wall_now=self._wall_clock()
-            )
-        finally:
+        finally:  # also where it was cancelled
+            now = self._clock()
+            if records is None:
+                memory.release(holder, claimed, now)
+            else:
+                memory.on_records(holder, claimed, records, now=now, wall_now=self._wall_clock())
             reading.wake()
 
     def _model(self, key: bytes) -> _Model:

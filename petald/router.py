@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import trio
@@ -342,20 +342,23 @@ class Router:
                 await self.read_view(model, max_age_s=FRESH_PERIOD_S / 2)
             await trio.sleep(FRESH_PERIOD_S)
 
-    async def ping_all(self, peers: Sequence[str]) -> None:
-        """Measures the round trips to some peers, all at once; those that do not answer are left.
+    async def ping_all(self, peers: Iterable[str]) -> set[str]:
+        """Measures the round trips to some peers, all at once; gives those that answered.
 
         A server that is gone disappears from the directory by itself.
         """
+        answered: set[str] = set()
 
         async def ping(peer: str) -> None:
             with trio.move_on_after(PING_DEADLINE_S), contextlib.suppress(P2PError):
                 await self._network.ping(peer)
+                answered.add(peer)
 
         async with trio.open_nursery() as nursery:
             for peer in peers:
                 if peer != self._network.peer:
                     nursery.start_soon(ping, peer)
+        return answered
 
     def _penalty_s(self, peer: str, now: float) -> float:
         penalty = self._penalties.get(peer)

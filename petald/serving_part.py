@@ -54,8 +54,6 @@ each try ends the sessions that there are."""
 RETRY_S = 60.0
 """Where the model that was served cannot be loaded again either: memory may be short for a time."""
 
-PING_DEADLINE_S = 2.0
-
 CHANGE_DEADLINE_S = 120.0
 """For sessions to move when the model is changed: see `petald.serving.MOVE_DEADLINE_S`."""
 
@@ -242,10 +240,11 @@ class ServingPart:
             return None
         lender = self._make_lender(started)
         await tenure_nursery.start(lender.run)
+        # At once: its owner's word is the lender's from now on, and no more the next one's.
+        self._tenure = tenure = _Tenure(started, lender, tenure_nursery, ended)
         await started.begin(tenure_nursery)
         tenure_nursery.start_soon(self._keep_measuring_next_hops, started)
         self._change = None  # it is made
-        self._tenure = tenure = _Tenure(started, lender, tenure_nursery, ended)
         name = started.serving.identity.name
         self.changes += self._model not in ("", name)
         self._model = name
@@ -399,20 +398,7 @@ class ServingPart:
             for block in range(start, end)
             if len(holders := [one for one in staying if one.start <= block < one.end]) == 1
         }
-        answers: list[str] = []
-
-        async def ping(peer: str) -> None:
-            with trio.move_on_after(PING_DEADLINE_S):
-                try:
-                    await self._network.ping(peer)
-                except P2PError:
-                    return
-                answers.append(peer)
-
-        async with trio.open_nursery() as nursery:
-            for peer in alone:
-                nursery.start_soon(ping, peer)
-        return len(answers) == len(alone)
+        return await self._router.ping_all(alone) == alone
 
     async def _read_candidates(self, tenure: _Tenure) -> dict[str, Candidate]:
         now = trio.current_time()
