@@ -86,10 +86,11 @@ def test_sigterm_ends_a_server_with_status_0(
     no_leftovers.append(daemon)
     with Client(daemon.socket) as client:
         status = client.status()
-        (swarm,) = client.swarm().models  # it routes for nobody, and knows whom it serves
+        # It routes for nobody, and knows whom it serves; the store of whoever tests may have more.
+        swarms = {model.model: model for model in client.swarm().models}
     assert status.span is not None
     assert (status.span.start, status.span.end) == (1, 3)
-    assert (swarm.model, swarm.coverage) == (str(tiny_folder), (0, 1, 1, 0))
+    assert swarms[str(tiny_folder)].coverage == (0, 1, 1, 0)
     assert daemon.socket.stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "state" / "identity.key").stat().st_mode & 0o777 == 0o600
     code, log = daemon.end(signal.SIGTERM)
