@@ -15,7 +15,6 @@ delivered in order; what is in the kernel's own buffers is beyond the emulator's
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import socket
@@ -23,13 +22,17 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import trio
+
 READ_BYTES = 256 * 1024
 QUEUED_PIECES = 64
 IDENTIFY_TRIES = 50
+START_S = 10.0
 
 
 @dataclass(eq=False)
@@ -39,35 +42,49 @@ class Link:
     Attributes:
         latency_s: one way.
         bytes_per_s: of both directions, each.
-        is_hung: nothing flows, and nothing breaks.
+        flows: unset while the link hangs: nothing flows then, and nothing breaks.
         is_refused: new connections are reset at once.
         carried_bytes: so far.
         connections: made so far.
+        open: those that are.
     """
 
     latency_s: float = 0.0
     bytes_per_s: float = math.inf
-    is_hung: bool = False
+    flows: trio.Event = field(default_factory=trio.Event)
     is_refused: bool = False
     carried_bytes: int = 0
     connections: int = 0
-    flows: asyncio.Event = field(default_factory=asyncio.Event)
     open: set[_Connection] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.flows.set()
+
+    def set_hung(self, *, is_hung: bool) -> None:
+        """Lets nothing flow, or lets all flow again and connections be made."""
+        self.is_refused = False
+        if not is_hung:
+            self.flows.set()
+        elif self.flows.is_set():
+            self.flows = trio.Event()
 
 
 class LinkEmulator:
     """See the module; use as a context manager round the swarm."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="links", daemon=True)
+        self._thread = threading.Thread(target=trio.run, args=(self._run,), name="links")
+        self._is_ready = threading.Event()
+        self._token: trio.lowlevel.TrioToken
+        self._nursery: trio.Nursery
         self._links: dict[frozenset[str], Link] = {}
         self._pids: dict[str, int] = {}
-        self._servers: list[asyncio.Server] = []
         self.strangers = 0
 
     def __enter__(self) -> Self:
         self._thread.start()
+        if not self._is_ready.wait(START_S):
+            raise TimeoutError("the emulator's thread did not start")
         return self
 
     def __exit__(
@@ -76,10 +93,8 @@ class LinkEmulator:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._call(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._do(self._nursery.cancel_scope.cancel)
         self._thread.join()
-        self._loop.close()
 
     # For `PrivateSwarm`.
 
@@ -88,7 +103,7 @@ class LinkEmulator:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
-        outer = self._call(self._listen(name, port))
+        outer = trio.from_thread.run(self._listen, name, port, trio_token=self._token)
         return f"/ip4/127.0.0.1/tcp/{port}", f"/ip4/127.0.0.1/tcp/{outer}"
 
     def started(self, name: str, pid: int) -> None:
@@ -110,19 +125,19 @@ class LinkEmulator:
 
     def hang(self, one: str, other: str) -> None:
         """Lets nothing flow between two daemons; nothing breaks."""
-        self._do(lambda: self._set_hung(self._link(one, other), is_hung=True))
+        self._do(lambda: self._link(one, other).set_hung(is_hung=True))
 
     def heal(self, one: str, other: str) -> None:
         """Ends a hang or a refusal."""
-        self._do(lambda: self._set_hung(self._link(one, other), is_hung=False))
+        self._do(lambda: self._link(one, other).set_hung(is_hung=False))
 
     def hang_all(self, name: str) -> None:
         """Cuts a daemon off from all others."""
-        self._do(lambda: [self._set_hung(link, is_hung=True) for link in self._links_of(name)])
+        self._set_hung(name, is_hung=True)
 
     def heal_all(self, name: str) -> None:
         """Brings a daemon back."""
-        self._do(lambda: [self._set_hung(link, is_hung=False) for link in self._links_of(name)])
+        self._set_hung(name, is_hung=False)
 
     def break_connections(self, one: str, other: str | None = None) -> int:
         """Resets the open connections of two daemons, or all of one; tells how many."""
@@ -158,73 +173,67 @@ class LinkEmulator:
         self._do(act)
         return found
 
-    # On the loop's thread.
+    # On the emulator's thread.
 
     def _do(self, act: Callable[[], object]) -> None:
-        async def run() -> None:
-            act()
+        trio.from_thread.run_sync(act, trio_token=self._token)
 
-        self._call(run())
+    def _set_hung(self, name: str, *, is_hung: bool) -> None:
+        def act() -> None:
+            for link in self._links_of(name):
+                link.set_hung(is_hung=is_hung)
 
-    def _call(self, coroutine):  # type: ignore[no-untyped-def]
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+        self._do(act)
+
+    async def _run(self) -> None:
+        async with trio.open_nursery() as self._nursery:
+            self._token = trio.lowlevel.current_trio_token()
+            self._is_ready.set()
+            await trio.sleep_forever()
 
     def _link(self, one: str, other: str) -> Link:
-        pair = frozenset((one, other))
-        if pair not in self._links:
-            self._links[pair] = Link()
-            self._links[pair].flows.set()
-        return self._links[pair]
+        return self._links.setdefault(frozenset((one, other)), Link())
 
     def _links_of(self, name: str) -> list[Link]:
         return [self._link(name, other) for other in self._pids if other != name]
 
-    def _set_hung(self, link: Link, *, is_hung: bool) -> None:
-        link.is_hung, link.is_refused = is_hung, False
-        if is_hung:
-            link.flows.clear()
-        else:
-            link.flows.set()
-
     async def _listen(self, name: str, port: int) -> int:
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(asyncio.CancelledError):  # at the end; asyncio would report it
-                await self._serve(name, port, reader, writer)
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        serve = partial(self._serve, name, port)
+        self._nursery.start_soon(trio.serve_listeners, serve, listeners)
+        return int(listeners[0].socket.getsockname()[1])
 
-        server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=READ_BYTES)
-        self._servers.append(server)
-        return int(server.sockets[0].getsockname()[1])
-
-    async def _serve(
-        self, name: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        own_port = writer.get_extra_info("peername")[1]
+    async def _serve(self, name: str, port: int, near: trio.SocketStream) -> None:
+        """Carries one connection to the daemon that listens on `port`; trio closes `near` after."""
+        try:
+            own_port = near.socket.getpeername()[1]
+        except OSError:
+            return  # it is closed already
         source = await self._identify(own_port)
         if source is None and _socket_inode(own_port) is None:
-            _reset(writer)  # who dialled has given it up already, or was killed
+            _reset(near)  # who dialled has given it up already, or was killed
             return
         if source is None:
             self.strangers += 1
             source = "a stranger"
         link = self._link(source, name)
         if link.is_refused:
-            _reset(writer)
+            _reset(near)
             return
         await link.flows.wait()
         try:
-            far_reader, far_writer = await asyncio.open_connection(
-                "127.0.0.1", port, limit=READ_BYTES
-            )
+            far = await trio.open_tcp_stream("127.0.0.1", port)
         except OSError:
-            _reset(writer)
+            _reset(near)
             return
-        link.connections += 1
-        connection = _Connection(link, (reader, writer), (far_reader, far_writer))
-        link.open.add(connection)
-        try:
-            await connection.run()
-        finally:
-            link.open.discard(connection)
+        async with far:
+            link.connections += 1
+            connection = _Connection(link, near, far)
+            link.open.add(connection)
+            try:
+                await connection.run()
+            finally:
+                link.open.discard(connection)
 
     async def _identify(self, port: int) -> str | None:
         """Which daemon dialled from this port."""
@@ -233,88 +242,72 @@ class LinkEmulator:
             for name, pid in list(self._pids.items()):
                 if inode is not None and _owns_socket(pid, inode):
                     return name
-            await asyncio.sleep(0.01)  # the child may be about to be made known
+            await trio.sleep(0.01)  # the child may be about to be made known
         return None
-
-    async def _close(self) -> None:
-        for server in self._servers:
-            server.close()
-        for link in self._links.values():
-            for connection in list(link.open):
-                connection.reset()
-        current = asyncio.current_task()
-        tasks = [task for task in asyncio.all_tasks() if task is not current]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Connection:
     """One connection between two daemons."""
 
-    def __init__(
-        self,
-        link: Link,
-        near: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-        far: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-    ) -> None:
+    def __init__(self, link: Link, near: trio.SocketStream, far: trio.SocketStream) -> None:
         self._link = link
         self._near = near
         self._far = far
+        self._scope = trio.CancelScope()
 
     async def run(self) -> None:
         """Carries until both directions have ended, or it broke."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._carry(self._near[0], self._far[1]))
-                group.create_task(self._carry(self._far[0], self._near[1]))
-        except* (OSError, asyncio.CancelledError):
-            self.reset()
-        finally:
-            for _, writer in (self._near, self._far):
-                writer.close()
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._carry, self._near, self._far)
+                nursery.start_soon(self._carry, self._far, self._near)
 
     def reset(self) -> None:
         """Breaks it at both ends, now."""
-        for _, writer in (self._near, self._far):
-            _reset(writer)
+        _reset(self._near)
+        _reset(self._far)
+        self._scope.cancel()
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        link = self._link
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUED_PIECES)
+    async def _carry(self, source: trio.SocketStream, sink: trio.SocketStream) -> None:
+        """One direction, until its end."""
+        send, receive = trio.open_memory_channel[tuple[float, bytes]](QUEUED_PIECES)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._deliver, receive, sink)
+                async with send:
+                    await self._take(source, send)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            self.reset()
 
-        async def deliver() -> None:
-            while True:
-                arrives_at, data = await pieces.get()
-                delay_s = arrives_at - loop.time()
-                if delay_s > 0:
-                    await asyncio.sleep(delay_s)
-                await link.flows.wait()
-                if not data:
-                    with contextlib.suppress(OSError):
-                        writer.write_eof()
-                    return
-                writer.write(data)
-                link.carried_bytes += len(data)
-                await writer.drain()
+    async def _take(
+        self, source: trio.SocketStream, pieces: trio.MemorySendChannel[tuple[float, bytes]]
+    ) -> None:
+        """What comes in, the end too (no bytes), with the time at which it is to come out."""
+        free_at = trio.current_time()
+        data = b"-"
+        while data:
+            data = bytes(await source.receive_some(READ_BYTES))
+            free_at = max(free_at, trio.current_time()) + len(data) / self._link.bytes_per_s
+            await pieces.send((free_at + self._link.latency_s, data))
 
-        async with asyncio.TaskGroup() as group:
-            group.create_task(deliver())
-            free_at = loop.time()
-            while True:
-                data = await reader.read(READ_BYTES)
-                free_at = max(free_at, loop.time()) + len(data) / link.bytes_per_s
-                await pieces.put((free_at + link.latency_s, data))
-                if not data:
-                    return
+    async def _deliver(
+        self, pieces: trio.MemoryReceiveChannel[tuple[float, bytes]], sink: trio.SocketStream
+    ) -> None:
+        async for arrives_at, data in pieces:
+            await trio.sleep_until(arrives_at)
+            await self._link.flows.wait()
+            if not data:
+                await sink.send_eof()
+                return
+            await sink.send_all(data)
+            self._link.carried_bytes += len(data)
 
 
-def _reset(writer: asyncio.StreamWriter) -> None:
-    sock = writer.get_extra_info("socket")
-    with contextlib.suppress(OSError, AttributeError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
+def _reset(stream: trio.SocketStream) -> None:
+    with contextlib.suppress(OSError):
+        linger = struct.pack("ii", 1, 0)
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    stream.socket.close()
 
 
 def _socket_inode(port: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -106,6 +107,18 @@ def test_a_relay_delays_narrows_hangs_and_breaks() -> None:
             near.recv(1)
         near.close()
         far.close()
+
+
+def test_the_end_closes_connections_that_were_not_passed_on_yet() -> None:
+    with socket.socket() as near:
+        near.settimeout(20)
+        with LinkEmulator() as links:
+            _, announce = links.place("here")
+            links.started("here", os.getpid())
+            links.hang("here", "here")
+            near.connect(("127.0.0.1", int(announce.rpartition("/")[2])))
+        with contextlib.suppress(ConnectionResetError):  # not even accepted yet
+            assert near.recv(1) == b""
 
 
 @pytest.mark.model
