@@ -26,9 +26,6 @@ from benchmarks.directory_sim_world import (
     CHANGE_S,
     DOUBLING_S,
     FLOOD,
-    LOOK_S,
-    LOOK_SERVER_S,
-    MOST_LOOK_S,
     READERS,
     STALE,
     TRUTHFUL,
@@ -39,6 +36,7 @@ from benchmarks.directory_sim_world import (
 from benchmarks.report import describe_machine, write_results
 from p2p.holder_choice import HOLDERS
 from p2p.shards import SHARDS_READ
+from petald.move_planner import look_period_s
 
 SIZES = (100, 300, 1000, 3000, 10_000)
 QUICK_SIZES = (100, 300, 1000)
@@ -137,7 +135,7 @@ def one_key_cost(servers: int) -> tuple[float, float]:
         For a server that holds nothing, and for one of the holders.
     """
     sizes = World(Settings(servers=1, readers=1)).sizes
-    look_s = min(LOOK_S + LOOK_SERVER_S * servers, MOST_LOOK_S)
+    look_s = look_period_s(servers)
     read = sizes.whole_read(servers) / look_s
     write = (sizes.put + sizes.ok) / 15.0
     return HOLDERS * (read + write), servers * (read + write)

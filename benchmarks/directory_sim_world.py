@@ -36,12 +36,7 @@ from p2p.wire.directory_messages import (
     Row,
 )
 from petald.announcer import PERIOD_S, RENEW_S, TTL_S
-
-LOOK_S = 8.0
-LOOK_SERVER_S = 0.005
-MOST_LOOK_S = 60.0
-"""As petald.mover: how often a server reads its view, which is the most frequent reading there is
-(that module is not imported because it brings torch; a test compares the numbers)."""
+from petald.move_planner import look_period_s, next_look_s
 
 NEW_S = 30.0
 """After its first announcement readers may lack a server for two or three looks."""
@@ -186,10 +181,13 @@ class World:
         for server in self.servers:
             self.at(self.joins_at(server), lambda server=server: self.announce(server))
         for reader in self.readers:
-            self.at(PERIOD_S + self.rng.uniform(0, LOOK_S), lambda reader=reader: self.look(reader))
+            self.at(
+                PERIOD_S + self.rng.uniform(0, look_period_s(0)),
+                lambda reader=reader: self.look(reader),
+            )
         for server in self._others:
             self.at(
-                self.joins_at(server) + PERIOD_S + self.rng.uniform(0, LOOK_S),
+                self.joins_at(server) + PERIOD_S + self.rng.uniform(0, look_period_s(0)),
                 lambda server=server: self.look_lightly(server),
             )
         if self.settings.grows_from is None:
@@ -339,8 +337,7 @@ class World:
         self.at_next_look(len(found), lambda: self.look(reader))
 
     def at_next_look(self, seen: int, look: Callable[[], None]) -> None:
-        period_s = min(LOOK_S + LOOK_SERVER_S * seen, MOST_LOOK_S)
-        self.at(self.now + period_s * self.rng.uniform(0.6, 1.4), look)
+        self.at(self.now + next_look_s(seen, self.rng), look)  # the most frequent reading there is
 
     def note_view(self, reader: Reader, found: set[str]) -> None:
         for peer, crashed_at in self.crashed_at.items():

@@ -16,10 +16,10 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.swarm_sim_directory import Span
-from benchmarks.swarm_sim_world import BLOCKS, LOOK_S, MakeRule, SimServer, World
+from benchmarks.swarm_sim_world import BLOCKS, MakeRule, SimServer, World
 from petald.block_load import BlockLoad, confirm_gaps, wants_whole
 from petald.move_actions import FinishMove, MakeClaim, MoveSettings, StartMove, WithdrawClaim
-from petald.move_planner import MovePlanner
+from petald.move_planner import MovePlanner, next_look_s
 from petald.span_choice import choose_span
 from petald.swarm import Floats
 
@@ -55,11 +55,12 @@ class OwnRule:
             now=world.now,
             rng=server.rng,
         )
+        self._seen = 0
         self._skew_ms = server.rng.randint(-1000, 1000)
 
     def next_look_at(self) -> float:
         deadline = self._planner.next_deadline()
-        rhythm = self._world.now + self._server.rng.uniform(*LOOK_S)
+        rhythm = self._world.now + next_look_s(self._seen, self._server.rng)
         return rhythm if deadline is None else min(deadline, rhythm)
 
     def on_loaded(self, span: Span) -> None:
@@ -69,6 +70,7 @@ class OwnRule:
     def on_look(self) -> None:
         world, server, planner = self._world, self._server, self._planner
         load = read_load(world, server, is_urgent=planner.is_urgent)
+        self._seen = load.num_servers
         for action in planner.on_load(load, world.now):
             match action:
                 case MakeClaim():

@@ -8,7 +8,7 @@ stands in for the rest is here. It is repeatable by seed. What is assumed:
 - an announcement is to be seen after 0.3 to 2 s, one in twenty 15 s later, when it is repeated;
 - a server that dies is seen for another 30 to 45 s (`petald.announcer`), or, where it leaves
   politely, as long as any other announcement;
-- a view is read every 15 to 60 s, and when a planner asks for one;
+- a view is read as often as a server does it (`petald.move_planner.next_look_s`);
 - a block is loaded in 5 s: a 70B model's in 8 bits from a disk of 200 MB/s.
 """
 
@@ -32,7 +32,6 @@ LEAST_FIT, MOST_FIT = 2, 20
 VISIBLE_S = (0.3, 2.0)
 LOST, REPEATED_S = 0.05, 15.0
 EXPIRY_S = (30.0, 45.0)
-LOOK_S = (15.0, 60.0)
 LOAD_BLOCK_S = 5.0
 SAMPLE_S = 5.0
 

@@ -53,21 +53,20 @@ class MoveSettings:
     Attributes:
         known_s: a claim that was announced so long ago is in every view that is read now: three
             announcements long, which is also when one expires (`petald.announcer`).
-        urgent_known_s: the same, where the view is read afresh and blocks are without any server:
-            an announcement is out at once, a lookup takes a second or two. Who trusts in it
-            leaves two servers on each block, for the case that one was not known.
+        likely_known_s: the same, but for one in twenty: an announcement is out at once, a lookup
+            takes a second or two. Who trusts in it leaves two servers on each block, for the case
+            that one's claim was not known.
         suppress_s: within this time most others see a new claim and give up theirs; the unit of
             the delays by chance before a claim.
         haste: so many times what is missing somewhere sets out to mend it, in an hour in which
-            nothing gets better. That is half of it in a second, and a claim is seen after two: so
-            those that set out without knowing of the others are about what is needed.
+            nothing gets better. That is a quarter of it in a second, and a claim is seen after two:
+            so those that set out without knowing of the others are about half of what is needed.
         look_s: between a claim and the first look at whether another was before it.
-        drain_s: the cost of any move, as time of the server: sessions move to others.
-        young_s: when it has been there for so long, a server has all the sessions that it will; one
-            that has just joined has few, and it is the one that should move. In a swarm that has
-            just started that is everybody.
-        scarcity: by so many times more, for each move that is spent ahead of the hourly ones: a
-            server that has just moved had better leave the next move to others.
+        drain_s: the cost of any move of a server that has all its sessions, as time of the server:
+            they move to others.
+        young_s: when it has been in a place for so long, a server has all the sessions that it will
+            get there; one that has just come has few, and it is the one that should move (on). In a
+            swarm that has just started that is everybody.
         load_block_s: to load one block, of those that are new; also a cost.
         foresight_s: a gain is expected to last so long at least, from when it is seen first.
         min_gain: what the swarm must gain, in parts of what this server contributes; where it is
@@ -76,27 +75,28 @@ class MoveSettings:
             gaps are a reason to move. It is above what is hoped for under churn, so that there is
             something to lose until the next move; the last percents would cost most moves. What is
             lacking to it may be more in a sample, by the square root of how many there are.
-        rest_s: after a move, until the next one that is not urgent.
-        hourly: moves that are not urgent, in an hour, in the long run.
+        rest_s: after a move, until the next one that is not urgent: what others do about what it
+            left behind is to be seen by then.
+        hourly: moves that are not urgent, in an hour, in the long run. It hardly matters where
+            speeds are what servers say: it bounds what measurements that swing, and liars, can do.
         burst: of them may come in a row; a swarm that has just started needs more.
         patience_s: a claim that could not be carried out for so long is withdrawn.
     """
 
     known_s: float = 45.0
-    urgent_known_s: float = 10.0
+    likely_known_s: float = 10.0
     suppress_s: float = 3.0
-    haste: float = 2000.0
+    haste: float = 1000.0
     look_s: float = 10.0
     drain_s: float = 800.0
     young_s: float = 3600.0
-    scarcity: float = 2.0
     load_block_s: float = 5.0
     foresight_s: float = 900.0
-    min_gain: float = 0.01
-    enough: float = 0.985
-    rest_s: float = 300.0
-    hourly: float = 1.0
-    burst: int = 3
+    min_gain: float = 0.007
+    enough: float = 0.99
+    rest_s: float = 60.0
+    hourly: float = 4.0
+    burst: int = 4
     patience_s: float = 600.0
 
 

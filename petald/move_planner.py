@@ -2,7 +2,7 @@
 
 Pure: what others serve goes in with the time, actions come out. A driver does this, for ever:
 
-    wait until `next_deadline()`, or 15 to 60 seconds where there is none
+    wait until `next_deadline()`, or for `next_look_s()` where there is none
     read the view afresh; ``now`` is the time *before* that reading began
     carry out what ``on_load(read_load(view, own=peer), now)`` gives; where the view is a sample,
         after `petald.block_load.confirm_gaps`
@@ -18,7 +18,7 @@ How it works. A move goes through these states, and back to resting from any of 
     CLAIMED    it is; who claimed earlier counts as moved. Another look soon, and if the move is
                still worth it:
     LOADING    the new span is loaded beside the old one, which is served on
-    LOADED     it waits for the claim to be known everywhere, looks a last time, and switches
+    LOADED     it waits for the claim to be known, looks a last time, and switches
     SWITCHING  until the driver says that it is done
 
 At a weakness that is less than a gap many servers look in turn, each at its own time. What sets out
@@ -38,11 +38,15 @@ go and move too. A move is made when what the server has forgone by staying, and
 within ``foresight_s``, add up to what it costs. So great gains are taken at once, small ones only
 in a swarm that is quiet, and what is forgone in vain is at most about what the moves cost.
 
+What a move costs grows with the time that a server has been where it is, for its sessions gather
+there. So it is those who came last that move on, and most servers stay for hours.
+
 Invariant: nobody switches away from a block unless another server serves it that has no claim to
 leave it, in a view read at least ``known_s`` after the own claim was announced. If every claim is
 in every view that is read ``known_s`` later, then no set of servers can leave a block empty: the
 last of them to look would have seen the claims of all the others. That needs no clocks that agree,
-and no order of the claims; the order only decides who gives way.
+and no order of the claims; the order only decides who gives way. Where two such others serve the
+block, ``likely_known_s`` is enough: it takes two claims that are late at once to leave it empty.
 """
 
 from __future__ import annotations
@@ -67,14 +71,32 @@ from petald.move_actions import (
 from petald.span_scores import SpanScores, gain_limit, score_spans
 from petald.swarm import Booleans, Floats
 
-SPARE, URGENT_SPARE = 1, 2
-"""So many other servers must stay on a block that is left."""
+SPARE, EARLY_SPARE = 1, 2
+"""So many other servers must stay on a block that is left; two where the claim to leave it may not
+be known everywhere yet."""
 
 YOUTH = 3
 """A move is free at first, costs an eighth at half of `MoveSettings.young_s`, and then soon all."""
 
+LOOK_S = 8.0
+"""Between two looks at a small swarm: about as often as views change."""
+
+LOOK_SERVER_S = 0.005
+MOST_LOOK_S = 60.0
+"""For each server of a large one a view takes longer to read, and one death matters less."""
+
 MOST_BETWEEN_LOOKS_S = 60.0
 """A gain counts as forgone for no longer before a look than views are apart: it may be newer."""
+
+
+def look_period_s(num_servers: int) -> float:
+    """How long a server waits from one look to the next in the mean, by how many it sees."""
+    return min(LOOK_S + LOOK_SERVER_S * num_servers, MOST_LOOK_S)
+
+
+def next_look_s(num_servers: int, rng: random.Random) -> float:
+    """How long it waits this time, where no deadline is nearer."""
+    return look_period_s(num_servers) * rng.uniform(0.6, 1.4)
 
 
 class MoveState(Enum):
@@ -124,8 +146,7 @@ class MovePlanner:
         self._claimed_at = now
         self._known_at = math.inf
         self._until = math.inf
-        self._joined_at = self._rested_at = now
-        self._spent_until = now
+        self._arrived_at = self._rested_at = self._spent_until = now
         self._forgone_s = 0.0
         self._looked_at = now
         self._considered_at = -math.inf
@@ -194,9 +215,9 @@ class MovePlanner:
         self._claim_ms = made_at_ms
         self._claimed_at = now
         settings = self._settings
-        self._known_at = now + (settings.urgent_known_s if self._is_urgent else settings.known_s)
+        self._known_at = now + settings.likely_known_s
         self._until = self._known_at + settings.patience_s
-        self._deadline = now + min(settings.look_s, settings.urgent_known_s / 2)
+        self._deadline = now + min(settings.look_s, settings.likely_known_s / 2)
 
     def on_loaded(self, now: float) -> None:
         """The new span is loaded, and not served yet."""
@@ -212,6 +233,7 @@ class MovePlanner:
             self._counts = replace(self._counts, moves=self._counts.moves + 1, urgent_moves=urgent)
             self._spend(now)
         self._span = (start, end)
+        self._arrived_at = now
         self._rest(now + self._settings.rest_s)
 
     def on_move_failed(self, now: float) -> None:
@@ -267,7 +289,8 @@ class MovePlanner:
         What it costs does not count any more where it is being spent.
         """
         before = load.without_claims_after(self._claim_ms, self._peer)
-        if now > self._until or not self._still_helps(before) or not self._can_leave(before, now):
+        may_leave = self._can_leave(before, SPARE)
+        if now > self._until or not self._still_helps(before) or not may_leave:
             return self._withdraw(now)
         if not is_due:
             return []
@@ -275,8 +298,9 @@ class MovePlanner:
             self._state, self._deadline = MoveState.LOADING, None
             return [StartMove(*self._target)]
         if self._state is MoveState.LOADED:
-            if not self._can_leave(load, now):
-                self._deadline = now + self._settings.look_s  # others are to withdraw their claims
+            if not self._can_leave(load, self._spare(now)):
+                # Others are to withdraw their claims, or the own one is not known for sure yet.
+                self._deadline = now + self._settings.look_s
                 return []
             self._state, self._deadline = MoveState.SWITCHING, None
             return [FinishMove(*self._target)]
@@ -289,17 +313,18 @@ class MovePlanner:
         gain = (scores.worth(*self._target) - scores.worth(*self._span)) / scores.share
         return gain > (self._settings.min_gain if self._state is MoveState.CLAIMED else 0.0)
 
-    def _can_leave(self, load: BlockLoad, now: float) -> bool:
-        """Whether enough others stay on every block that is left."""
-        few_L = load.settled_L < self._spare(now)
+    def _can_leave(self, load: BlockLoad, spare: int) -> bool:
+        """Whether so many others stay on every block that is left."""
+        few_L = load.settled_L < spare
         start, end = self._span
         few_L[:start] = few_L[end:] = False
         few_L[slice(*self._target)] = False
         return not few_L.any()
 
     def _spare(self, now: float) -> int:
-        is_early = self._is_urgent and now < self._claimed_at + self._settings.known_s
-        return URGENT_SPARE if is_early else SPARE
+        """How many must stay on a block that is left now."""
+        is_early = now < self._claimed_at + self._settings.known_s
+        return EARLY_SPARE if is_early else SPARE
 
     def _withdraw(self, now: float) -> list[MoveAction]:
         self._counts = replace(self._counts, withdrawn=self._counts.withdrawn + 1)
@@ -320,7 +345,7 @@ class MovePlanner:
             return None
         scores = self._score(load)
         covers_more_WS = scores.newly_covered_WS > scores.newly_covered(start, end)
-        urgent_WS = covers_more_WS & self._allowed(scores, load, URGENT_SPARE)
+        urgent_WS = covers_more_WS & self._allowed(scores, load, EARLY_SPARE)
         most_WS = np.where(urgent_WS, scores.newly_covered_WS, 0.0)
         urgent = self._best(scores.worth_WS, urgent_WS & (most_WS == most_WS.max()))
         if urgent is not None:
@@ -392,8 +417,7 @@ class MovePlanner:
         starts = np.arange(scores.worth_WS.shape[1])[None, :]
         kept_WS = np.minimum(starts + lengths, end) - np.maximum(starts, start)
         new_WS = lengths - np.maximum(kept_WS, 0)
-        ahead = max(0.0, self._spent_until - now) / 3600.0 * settings.hourly
-        grown = min(1.0, (now - self._joined_at) / settings.young_s)
-        drain_s = settings.drain_s * grown**YOUTH * (1.0 + settings.scarcity * ahead)
+        grown = min(1.0, (now - self._arrived_at) / settings.young_s)
+        drain_s = settings.drain_s * grown**YOUTH
         cost_WS: Floats = drain_s + settings.load_block_s * new_WS
         return cost_WS

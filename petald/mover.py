@@ -30,19 +30,12 @@ from petald.move_actions import (
     StartMove,
     WithdrawClaim,
 )
-from petald.move_planner import MovePlanner
+from petald.move_planner import MovePlanner, next_look_s
 from petald.router import Router
 from petald.serving import Serving
 from petald.swarm import Claim, Server, ServerState, SwarmView
 
 log = get_logger(__name__)
-
-LOOK_S = 8.0
-"""Between two looks at a small swarm: about as often as views change."""
-
-LOOK_SERVER_S = 0.005
-MOST_LOOK_S = 60.0
-"""For each server of a large one a view takes longer to read, and one death matters less."""
 
 WHOLE_AGE_S = 120.0
 """All servers of a large swarm are read no more often than that where those of a sample cannot
@@ -140,8 +133,7 @@ class Mover:
                     await self._carry_out(action, nursery)
 
     async def _wait(self) -> None:
-        period_s = min(LOOK_S + LOOK_SERVER_S * self._servers, MOST_LOOK_S)
-        until = trio.current_time() + period_s * self._rng.uniform(0.6, 1.4)
+        until = trio.current_time() + next_look_s(self._servers, self._rng)
         deadline = self._planner.next_deadline()
         with trio.move_on_at(until if deadline is None else min(until, deadline)):
             await self._wake.wait()

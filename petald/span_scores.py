@@ -51,9 +51,9 @@ HOP = 1.0
 """What each message costs, in time of a block: the server that handles it has so much less to give,
 and the job waits for its way. Without this, spans in large swarms shrink to one or two blocks."""
 
-HOP_SERVERS = 400
-"""In a swarm of so many, half of that: of few servers, spans of all lengths are needed to serve all
-blocks alike."""
+HOP_SERVERS = 850
+"""In a swarm of so many, half of that; of few, by the square, next to nothing: it takes spans of
+all lengths there to serve all blocks alike, and chains are hardly the shorter for it."""
 
 LONE = 0.8
 """What a block with one server lacks, in parts of what a mean server contributes: so much may be
@@ -155,7 +155,7 @@ def gain_limit(load: BlockLoad, capacity: Capacity, span: tuple[int, int]) -> fl
 
 def _hop(load: BlockLoad) -> float:
     servers = load.num_servers / load.share
-    return HOP * servers / (servers + HOP_SERVERS)
+    return HOP * servers**2 / (servers**2 + HOP_SERVERS**2)
 
 
 def _hole(relative_speed: float, lengths: Floats, num_blocks: int) -> Floats:

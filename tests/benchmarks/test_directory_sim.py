@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import directory_sim_world
 from benchmarks.directory_sim import Result, grow_and_shrink, simulate
 from benchmarks.directory_sim_world import FLOOD, STALE, TRUTHFUL, WITHHOLD, Settings
-from petald import mover
 from petald.announcer import TTL_S
 
 SMALL = Settings(servers=120, readers=12, crashes=8, end_s=170.0)
@@ -17,12 +15,6 @@ SMALL = Settings(servers=120, readers=12, crashes=8, end_s=170.0)
 
 def without_time(result: Result) -> Result:
     return replace(result, took_s=0.0)
-
-
-def test_its_numbers_are_the_daemons() -> None:
-    world = directory_sim_world
-    assert (world.LOOK_S, world.LOOK_SERVER_S) == (mover.LOOK_S, mover.LOOK_SERVER_S)
-    assert world.MOST_LOOK_S == mover.MOST_LOOK_S
 
 
 def test_a_seed_gives_the_same_result() -> None:

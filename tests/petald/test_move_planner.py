@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -60,12 +61,28 @@ def test_a_move_goes_through_all_its_states() -> None:
     planner.on_loaded(look + 2)
     known_at = planner.next_deadline()
     assert known_at is not None
-    assert known_at >= MoveSettings().known_s
+    assert known_at >= MoveSettings().likely_known_s
     assert planner.on_load(LOPSIDED, known_at - 1) == []
     assert planner.on_load(LOPSIDED, known_at) == [FinishMove(4, 8)]
     planner.on_moved(4, 8, known_at + 1)
     assert (planner.span, planner.claim, planner.state) == ((4, 8), None, MoveState.RESTING)
     assert planner.statistics().moves == 1
+
+
+@pytest.mark.parametrize("stay", [1, 2])
+def test_blocks_with_one_other_server_are_left_when_the_claim_is_known_for_sure(stay: int) -> None:
+    planner = make_planner()
+    load = load_of(8, *[(0, 4, 50.0)] * stay, (4, 8, 0.1))
+    claimed(planner, load)
+    look = planner.next_deadline() or 1e9
+    assert [type(one) for one in planner.on_load(load, look)] == [StartMove]
+    planner.on_loaded(look)
+    limits = MoveSettings()
+    wanted_s = limits.known_s if stay == 1 else limits.likely_known_s
+    for now in range(math.ceil(look), 100):
+        if planner.on_load(load, float(now)):
+            break
+    assert now == pytest.approx(wanted_s, abs=limits.look_s + 5)
 
 
 def test_a_claim_is_withdrawn_when_the_swarm_has_mended_itself() -> None:
@@ -180,7 +197,7 @@ def test_no_block_is_left_empty_however_stale_the_views(swarm, seed: int) -> Non
         min_gain=0.0,
         drain_s=0.0,
         load_block_s=0.0,
-        urgent_known_s=45.0,
+        likely_known_s=45.0,
     )
     world = PlacementWorld(
         8, swarm, seed=seed, staleness_s=limits.known_s, load_s=seed % 60, settings=limits
@@ -196,7 +213,7 @@ def test_no_block_is_left_empty_however_stale_the_views(swarm, seed: int) -> Non
 def count_gaps(known_s: float) -> int:
     """Of 100 worlds in which two servers are both tempted off the same blocks, those with a gap."""
     limits = MoveSettings(
-        rest_s=0.0, hourly=1e9, haste=1e9, known_s=known_s, urgent_known_s=known_s
+        rest_s=0.0, hourly=1e9, haste=1e9, known_s=known_s, likely_known_s=known_s
     )
     gaps = 0
     for seed in range(100):
