@@ -77,6 +77,7 @@ class MoveSettings:
             lacking to it may be more in a sample, by the square root of how many there are.
         rest_s: after a move, until the next one that is not urgent: what others do about what it
             left behind is to be seen by then.
+        failed_rest_s: likewise, after a move that failed: its blocks are better left to others.
         hourly: moves that are not urgent, in an hour, in the long run. It hardly matters where
             speeds are what servers say: it bounds what measurements that swing, and liars, can do.
         burst: of them may come in a row; a swarm that has just started needs more.
@@ -95,6 +96,7 @@ class MoveSettings:
     min_gain: float = 0.007
     enough: float = 0.99
     rest_s: float = 60.0
+    failed_rest_s: float = 300.0
     hourly: float = 4.0
     burst: int = 4
     patience_s: float = 600.0

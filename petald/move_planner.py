@@ -239,7 +239,7 @@ class MovePlanner:
     def on_move_failed(self, now: float) -> None:
         """The claim was not announced, the span not loaded, or the switch not made."""
         self._counts = replace(self._counts, failed=self._counts.failed + 1)
-        self._rest(now + self._settings.rest_s)
+        self._rest(now + self._settings.failed_rest_s)
 
     def _spend(self, now: float) -> None:
         """Counts a move: each takes up its part of an hour, and ``burst`` of them may be ahead."""

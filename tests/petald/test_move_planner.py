@@ -179,6 +179,11 @@ def test_a_failed_move_leaves_the_server_where_it_was() -> None:
     claimed(planner, LOPSIDED)
     planner.on_move_failed(5.0)
     assert (planner.claim, planner.span, planner.state) == (None, (0, 4), MoveState.RESTING)
+    rest_s = MoveSettings().failed_rest_s
+    planner.on_load(LOPSIDED, 4.0 + rest_s)
+    assert planner.state is MoveState.RESTING  # others may have its blocks meanwhile
+    planner.on_load(LOPSIDED, 6.0 + rest_s)
+    assert planner.state is MoveState.WAITING
 
 
 servers = st.tuples(
