@@ -9,8 +9,9 @@ the emulator carries the bytes. They are encrypted, and it does not look at them
         links.hang_all("server 2")          # a partition; `heal_all` ends it
         links.break_connections("server 3")  # every connection of it is reset, now
 
-Daemons are named as in the swarm. All calls may come from any thread. Bytes of one direction are
-delivered in order; what is in the kernel's own buffers is beyond the emulator's reach.
+Daemons are named as in the swarm. Calls may come from any thread, though not from a trio task.
+Bytes of one direction are delivered in order; what is in the kernel's own buffers is beyond the
+emulator's reach.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class LinkEmulator:
     """See the module; use as a context manager round the swarm."""
 
     def __init__(self) -> None:
-        self._thread = threading.Thread(target=trio.run, args=(self._run,), name="links")
+        self._thread = threading.Thread(
+            target=trio.run, args=(self._run,), name="links", daemon=True
+        )
         self._is_ready = threading.Event()
         self._token: trio.lowlevel.TrioToken
         self._nursery: trio.Nursery
@@ -93,7 +96,8 @@ class LinkEmulator:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._do(self._nursery.cancel_scope.cancel)
+        with contextlib.suppress(trio.RunFinishedError):  # the thread has told why
+            self._do(self._nursery.cancel_scope.cancel)
         self._thread.join()
 
     # For `PrivateSwarm`.

@@ -148,6 +148,10 @@ class SimDirectory:
             share=1.0 if shards[0] is self._all else self._share,
         )
 
+    def seen_by(self, peer: str) -> int:
+        """How many servers are in the view of one."""
+        return sum(shard.servers for shard in self._shards_of(peer))
+
     def everyone(self) -> list[tuple[Span, float]]:
         """The span, claims counted as made, and the speed of every server."""
         found = []

@@ -70,7 +70,7 @@ class OwnRule:
     def on_look(self) -> None:
         world, server, planner = self._world, self._server, self._planner
         load = read_load(world, server, is_urgent=planner.is_urgent)
-        self._seen = load.num_servers
+        self._seen = world.directory.seen_by(server.peer)
         for action in planner.on_load(load, world.now):
             match action:
                 case MakeClaim():

@@ -61,7 +61,8 @@ class MoveSettings:
         haste: so many times what is missing somewhere sets out to mend it, in an hour in which
             nothing gets better. That is a quarter of it in a second, and a claim is seen after two:
             so those that set out without knowing of the others are about half of what is needed.
-        look_s: between a claim and the first look at whether another was before it.
+        look_s: between a claim and the first look at whether another was before it, at most; and
+            between two looks at whether the old blocks may be left.
         drain_s: the cost of any move of a server that has all its sessions, as time of the server:
             they move to others.
         young_s: when it has been in a place for so long, a server has all the sessions that it will
@@ -77,7 +78,8 @@ class MoveSettings:
             lacking to it may be more in a sample, by the square root of how many there are.
         rest_s: after a move, until the next one that is not urgent: what others do about what it
             left behind is to be seen by then.
-        failed_rest_s: likewise, after a move that failed: its blocks are better left to others.
+        failed_rest_s: after a move that failed, until the next one, urgent or not: while it claims
+            blocks that it cannot load, others keep away from them.
         hourly: moves that are not urgent, in an hour, in the long run. It hardly matters where
             speeds are what servers say: it bounds what measurements that swing, and liars, can do.
         burst: of them may come in a row; a swarm that has just started needs more.

@@ -147,6 +147,7 @@ class MovePlanner:
         self._known_at = math.inf
         self._until = math.inf
         self._arrived_at = self._rested_at = self._spent_until = now
+        self._failed_until = -math.inf
         self._forgone_s = 0.0
         self._looked_at = now
         self._considered_at = -math.inf
@@ -239,7 +240,12 @@ class MovePlanner:
     def on_move_failed(self, now: float) -> None:
         """The claim was not announced, the span not loaded, or the switch not made."""
         self._counts = replace(self._counts, failed=self._counts.failed + 1)
-        self._rest(now + self._settings.failed_rest_s)
+        self._failed_until = now + self._settings.failed_rest_s
+        self._rest(now)
+
+    def give_up(self, now: float) -> None:
+        """The server takes no sessions for now: whatever it was about to do is off."""
+        self._rest(now)
 
     def _spend(self, now: float) -> None:
         """Counts a move: each takes up its part of an hour, and ``burst`` of them may be ahead."""
@@ -301,6 +307,9 @@ class MovePlanner:
             if not self._can_leave(load, self._spare(now)):
                 # Others are to withdraw their claims, or the own one is not known for sure yet.
                 self._deadline = now + self._settings.look_s
+                known_at = self._claimed_at + self._settings.known_s
+                if now < known_at:
+                    self._deadline = min(self._deadline, known_at)
                 return []
             self._state, self._deadline = MoveState.SWITCHING, None
             return [FinishMove(*self._target)]
@@ -335,6 +344,8 @@ class MovePlanner:
 
     def _choose(self, load: BlockLoad, now: float) -> tuple[tuple[int, int], bool] | None:
         """The best span to move to, and whether that is urgent; None: stay."""
+        if now < self._failed_until:
+            return None
         start, end = self._span
         is_whole = bool(load.planned_L[:start].all() and load.planned_L[end:].all())
         settings = self._settings

@@ -117,8 +117,10 @@ class Mover:
     async def run(self) -> None:
         """Looks and moves, until cancelled."""
         async with trio.open_nursery() as nursery:
+            has_failed = False
             while True:
-                await self._wait()
+                await self._wait(has_failed=has_failed)
+                has_failed = False
                 if self._serving.server.is_draining:
                     await self._give_up()
                     continue
@@ -127,14 +129,16 @@ class Mover:
                     load = await self._read_load()
                 except (P2PError, PetaldError) as error:
                     log.debug("no view to move by", reason=str(error))
+                    has_failed = True
                     continue
                 self._measure()
                 for action in self._planner.on_load(load, now):
                     await self._carry_out(action, nursery)
 
-    async def _wait(self) -> None:
+    async def _wait(self, *, has_failed: bool) -> None:
+        """Until the next look; a deadline that has passed is none where the last look failed."""
         until = trio.current_time() + next_look_s(self._servers, self._rng)
-        deadline = self._planner.next_deadline()
+        deadline = None if has_failed else self._planner.next_deadline()
         with trio.move_on_at(until if deadline is None else min(until, deadline)):
             await self._wake.wait()
         self._wake = trio.Event()
@@ -204,7 +208,7 @@ class Mover:
     async def _give_up(self) -> None:
         if self._planner.claim is not None:
             await self._clear()
-            self._planner.on_move_failed(trio.current_time())
+        self._planner.give_up(trio.current_time())
 
     # What is known of the others.
 

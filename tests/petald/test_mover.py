@@ -25,6 +25,7 @@ from petald.swarm import (
     make_view,
     peer_digest,
 )
+from tests.helpers.placement_world import load_of
 
 
 async def test_blocks_that_cannot_be_loaded_fail_the_move_and_its_claim_is_taken_back() -> None:
@@ -229,3 +230,40 @@ async def test_loading_servers_are_remembered_for_a_time(
     await trio.sleep(MOST_LOADING_S + 1)
     await mover._read_view(set())
     assert not mover._loading_seen
+
+
+async def test_a_paused_server_waits_though_a_move_was_due(autojump_clock: Any) -> None:
+    """It was about to claim blocks that nobody serves when it was paused."""
+    mover = make_mover(Others())
+    looks: list[float] = []
+
+    class Paused:
+        @property
+        def is_draining(self) -> bool:
+            looks.append(trio.current_time())
+            return True
+
+    mover._serving.server = Paused()  # type: ignore[assignment]
+    mover._planner.on_load(load_of(4, *[(0, 2)] * 5), trio.current_time())
+    assert mover._planner.next_deadline() is not None
+    with trio.move_on_after(100):
+        await mover.run()
+    assert 5 < len(looks) < 30
+
+
+async def test_where_no_view_can_be_read_it_is_not_tried_all_the_time(
+    autojump_clock: Any,
+) -> None:
+    mover = make_mover(Others())
+    tries: list[float] = []
+
+    async def refuse(identity: object, *, max_age_s: float, whole: bool = False) -> SwarmView:
+        tries.append(trio.current_time())
+        raise PeerUnreachable("nobody answers")
+
+    mover._router.read_view = refuse  # type: ignore[assignment,method-assign]
+    mover._serving.server = SimpleNamespace(is_draining=False)  # type: ignore[assignment]
+    mover._planner.on_load(load_of(4, *[(0, 2)] * 5), trio.current_time())
+    with trio.move_on_after(100):
+        await mover.run()
+    assert 5 < len(tries) < 30

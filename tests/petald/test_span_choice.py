@@ -56,7 +56,7 @@ def plain_worth(
         sum(one[0] <= block < one[1] for one in [*swarm, own]) for block in range(num_blocks)
     ]
     risk = LOSS * hole + LONE / (len(swarm) + 1) * sum(max(0, 2 - one) for one in servers)
-    hop = HOP * len(swarm) / (len(swarm) + HOP_SERVERS)
+    hop = HOP * len(swarm) ** 2 / (len(swarm) ** 2 + HOP_SERVERS**2)
     hops = hop * speed / sum(throughput) / (end - start)
     return power_mean([one / mean for one in throughput]) - risk - hops
 

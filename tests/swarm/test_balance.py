@@ -146,7 +146,7 @@ def test_a_server_that_moves_does_not_disturb_the_generation_that_it_runs(
         ((peer, span),) = spans_of([mover]).items()
         assert span == (15, 30)
         swarm.wait_covered()
-        # A move takes a minute: its claim is to be known everywhere. Slow links let a job last.
+        # A move takes up to a minute: its claim is to be known. Slow links let a job last.
         for pair in pairs:
             links.set_link(*pair, latency_s=0.06)
         news: list[Progress] = []
