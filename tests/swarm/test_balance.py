@@ -160,14 +160,15 @@ def test_a_server_that_moves_does_not_disturb_the_generation_that_it_runs(
         # Two more take the mover's blocks: half of the model has three servers, half has one.
         for _ in range(2):
             swarm.add_server((15, 30))
-        while not any(item.move for item in news):
+        while not (leaving := [one for item in news if (one := item.move) and peer in one.old]):
             next(events)
         until = len(generation.tokens) + 40
         while len(generation.tokens) < until:
             next(events)
         tokens = generation.tokens
         generation.close()
-        (move,) = [item.move for item in news if item.move]
+        # On a busy machine the session may go on to the third server of these blocks later.
+        (move,) = leaving
         assert (move.start, move.end) == (15, 30)
         assert (move.old, move.reason) == ((peer,), "leaving")
         assert move.handed_over_tokens + move.replayed_tokens > 0
