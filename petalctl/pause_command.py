@@ -30,13 +30,16 @@ def run_pause(args: argparse.Namespace) -> int:
         print("paused; to lend again: petalctl resume")
     else:
         print(f"paused until {format_end(for_s, now)}; to lend again before: petalctl resume")
+    if not paused.left:
+        print("the memory of its blocks is yours now; they are loaded again when it lends again")
     if paused.sessions:
         moved = paused.sessions - paused.left
         print(f"{moved} of {paused.sessions} sessions moved to other servers")
     if paused.left:
         print(
             f"{paused.left} did not: idle, or with nobody to go to. They are ended when the time "
-            "to move is over, and their clients rebuild them where somebody can run them."
+            "to move is over, and their clients rebuild them where somebody can run them; then "
+            "the memory of its blocks is yours, too."
         )
     return 0
 
@@ -50,7 +53,12 @@ def run_resume(args: argparse.Namespace) -> int:
     with Client(args.socket) as client:
         resumed = client.resume()
     if args.json:
-        print(json.dumps({"lends": not resumed.paused_why, "paused_why": resumed.paused_why}))
+        plain = {
+            "lends": not resumed.paused_why,
+            "paused_why": resumed.paused_why,
+            "is_loading": resumed.is_loading,
+        }
+        print(json.dumps(plain))
         return 1 if resumed.paused_why else 0
     if resumed.paused_why:
         why = neutralise_line(resumed.paused_why)
@@ -59,5 +67,8 @@ def run_resume(args: argparse.Namespace) -> int:
             "([lend] hours and max_load)",
             code="still_paused",
         )
-    print("this server takes sessions again")
+    if resumed.is_loading:
+        print("this server loads its blocks again, and takes sessions then: petalctl status")
+    else:
+        print("this server takes sessions again")
     return 0

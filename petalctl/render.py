@@ -14,9 +14,9 @@ from rich.text import Text
 from p2p.wire.control_messages import (
     CodecCount,
     ModelSwarm,
+    PauseStatus,
     PeerStatus,
     ServerStatus,
-    SpanStatus,
     StatusReport,
     SwarmReport,
 )
@@ -55,7 +55,7 @@ def render_status(report: StatusReport) -> RenderableType:
         *_labelled("address", report.addresses),
         ("roles", ", ".join(report.roles)),
         *_labelled("routes for", report.models or ("no model",)),
-        *(_span_facts(report.span) if report.span else ()),
+        *_serving_facts(report),
         ("jobs", str(report.jobs)),
         *([("sent", _sent(report.sent))] if report.sent else ()),
         ("peers", str(len(report.peers))),
@@ -66,10 +66,17 @@ def render_status(report: StatusReport) -> RenderableType:
     return Group(*parts)
 
 
-def _span_facts(span: SpanStatus) -> list[tuple[str, str]]:
+def _serving_facts(report: StatusReport) -> list[tuple[str, str]]:
+    span, pause = report.span, report.pause
+    if span is None and "serve" not in report.roles:
+        return []
+    reason = [("", _pause(pause))] if pause else []
+    if span is None:
+        why = "paused, no blocks in memory" if pause else "nothing yet; it loads its blocks"
+        return [("serves", why), *reason]
     return [
         ("serves", f"{span.model}, blocks {span.start}:{span.end}, {span.state}"),
-        *([("", _pause(span))] if span.paused_why else ()),
+        *reason,
         (
             "",
             f"{_weights(span.dtype, span.quant)} on {span.device}, "
@@ -81,11 +88,11 @@ def _span_facts(span: SpanStatus) -> list[tuple[str, str]]:
     ]
 
 
-def _pause(span: SpanStatus) -> str:
+def _pause(pause: PauseStatus) -> str:
     """Why a server is paused, and when it comes back by itself."""
-    if span.resumes_in_s is None:
-        return span.paused_why
-    return f"{span.paused_why}; for {format_age(span.resumes_in_s)} more"
+    if pause.ends_in_s is None:
+        return pause.why
+    return f"{pause.why}; for {format_age(pause.ends_in_s)} more"
 
 
 def _sent(counts: Sequence[CodecCount]) -> str:

@@ -396,6 +396,14 @@ class LendConfig:
         check=_between(0, MAX_WAIT_S),
         metavar="SECONDS",
     )
+    free_after_s: float = _setting(
+        "How long, in seconds, its blocks stay in memory when this server made way for a load, "
+        "which comes and goes. Then they are freed, as they are at once for your pause and outside "
+        "of the hours, and loaded again when it comes back.",
+        default=300.0,
+        check=_between(0, MAX_WAIT_S),
+        metavar="SECONDS",
+    )
     device_share: float = _setting(
         "The most of the device's time that is spent for others: after each batch it rests in "
         "proportion. 1: all of it.",

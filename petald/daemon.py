@@ -134,8 +134,8 @@ async def _live(config: Config, ready: trio.Event, stop: trio.Event) -> None:
             if part is None:
                 raise BadRequest("this daemon serves no blocks; there is nothing to pause")
             if isinstance(request, Pause):
-                return await part.pause(request)
-            return await part.resume(request)
+                return await part.lender.pause(request)
+            return await part.lender.resume(request)
 
         links = PassLinks(network)
         await nursery.start(links.run)

@@ -18,6 +18,7 @@ from kernels.checkpoint import Checkpoint
 from kernels.errors import OutOfDeviceMemory
 from kernels.kv_cache import CacheArena
 from kernels.layer_loader import block_bytes
+from kernels.memory import give_back_free_memory
 from kernels.quant.formats import why_slow
 from kernels.span import Span, load_span
 from kernels.step_graphs import CudaRecorder
@@ -256,6 +257,11 @@ class SpanLoader:
         def free() -> None:
             hosting.span.shed(start, end)
             hosting.hosted.arena.release()
+            # Else it is free to this process alone.
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            else:
+                give_back_free_memory()
 
         await self._executor.run(free)
 

@@ -41,6 +41,8 @@ WHOLE_AGE_S = 120.0
 """All servers of a large swarm are read no more often than that where those of a sample cannot
 cover the model and others do. Of 10,000 it is some 6 MB."""
 
+SETTLE_LOOK_S = 0.05
+
 FEW_SERVERS = 2
 MAX_PINGED = 32
 PING_DEADLINE_S = 2.0
@@ -113,6 +115,12 @@ class Mover:
     def is_moving(self) -> bool:
         """Whether a move is claimed, or made."""
         return self._planner.claim is not None
+
+    async def settle(self) -> None:
+        """Returns when no move is under way; while the server is draining, none begins."""
+        self._wake.set()
+        while self.is_moving:  # noqa: ASYNC110  # it ends in many places
+            await trio.sleep(SETTLE_LOOK_S)
 
     async def run(self) -> None:
         """Looks and moves, until cancelled."""

@@ -13,6 +13,7 @@ from p2p.network import Network
 from p2p.wire.control_messages import (
     CodecCount,
     ModelSwarm,
+    PauseStatus,
     PeerStatus,
     ServerStatus,
     SpanStatus,
@@ -23,7 +24,6 @@ from p2p.wire.control_messages import (
 from petald.config import Config
 from petald.control import Jobs
 from petald.devices import dtype_name
-from petald.lending import LEND
 from petald.local_model import LocalModels, ModelIdentity
 from petald.router import Router
 from petald.serving import Serving
@@ -93,6 +93,7 @@ class Reporter:
             ),
             jobs=self.jobs.running if self.jobs else 0,
             span=self._span_status(),
+            pause=self._pause_status(),
             sent=self._sent(),
         )
 
@@ -100,16 +101,14 @@ class Reporter:
         if self._part is None or self._part.serving is None:
             return None
         status = _span_status(self._part.serving)
-        lender = self._part.lender
-        decision = lender.decision if lender else LEND
-        if decision.lends:
-            return status
-        return dataclasses.replace(
-            status,
-            state="paused",
-            paused_why=decision.text,
-            resumes_in_s=decision.ends_in_s,
-        )
+        is_paused = not self._part.lender.decision.lends
+        return dataclasses.replace(status, state="paused") if is_paused else status
+
+    def _pause_status(self) -> PauseStatus | None:
+        if self._part is None or self._part.lender.decision.lends:
+            return None
+        decision = self._part.lender.decision
+        return PauseStatus(why=decision.text, ends_in_s=decision.ends_in_s)
 
     def _sent(self) -> tuple[CodecCount, ...]:
         sent = Counter(self._router.codecs.sent)

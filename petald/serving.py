@@ -142,6 +142,11 @@ class Serving:
         return self.server.cut_sessions()
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether sessions or passes are open here, be they idle."""
+        return self.server.sessions > 0 or self._pass_server.streams > 0
+
+    @property
     def memory_bytes(self) -> int:
         """What its blocks and their cache take."""
         span = self.hosting.span

@@ -1,16 +1,16 @@
 """The serving part of a daemon: from the choice of a model to its end, and to the next choice.
 
 What it does for one model is one *tenure*: a span is loaded and served, moved by the swarm's need,
-lent by its owner's, until the daemon stops or another model of `[serve] models` needs the server
-more. Then it leaves the one swarm as for good, and joins the other. Invariant: of two tenures the
-first has freed its blocks before the next one loads any.
+lent by its owner's, until the daemon stops, or another model of `[serve] models` needs the server
+more, or its owner the memory. Then it leaves the swarm as for good, and joins the other one, or
+waits until it may come back. Invariant: of two tenures the first has freed its blocks before the
+next one loads any.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,25 +21,29 @@ from kernels.errors import CorruptCheckpoint, KernelError, UnsupportedModel
 from p2p.directory import Directory
 from p2p.errors import P2PError
 from p2p.network import Network
-from p2p.wire.control_messages import Pause as PauseRequest
-from p2p.wire.control_messages import Paused, Resume, Resumed
 from petald.announcer import Announcer
 from petald.config import LendConfig, ServeConfig
 from petald.devices import parse_device
 from petald.errors import ConfigError, PetaldError, forget_frames
 from petald.executor import Executor
 from petald.joining import Joining
-from petald.lender import PAUSE_FILE, Lender, save_pause
-from petald.lending import NEVER, Pause
+from petald.lender import Lender
+from petald.lending import NEVER
 from petald.log import get_logger
 from petald.message_codecs import MessageCodecs
 from petald.model_choice import ChoiceSettings, ModelChoice
-from petald.owner_load import open_meter
+from petald.owner_load import Meter, open_meter
 from petald.router import MEASURE_PERIOD_S, Router
 from petald.serving import VERSION, Serving
 from petald.span_choice import ModelOffer, choose_span
 from petald.speed_cache import SpeedCache
-from petald.start_serving import Candidate, Started, load_serving, read_candidates
+from petald.start_serving import (
+    Candidate,
+    Started,
+    check_can_serve,
+    load_serving,
+    read_candidates,
+)
 from petald.swarm import Claim
 
 log = get_logger(__name__)
@@ -68,7 +72,6 @@ class _Tenure:
     """
 
     started: Started
-    lender: Lender
     nursery: trio.Nursery
     ended: trio.Event
 
@@ -121,6 +124,7 @@ class ServingPart:
 
     Attributes:
         codecs: encode what is sent.
+        lender: decides whether anything is served now.
         changes: how often another model was taken.
     """
 
@@ -140,8 +144,6 @@ class ServingPart:
         settings: ChoiceSettings | None = None,
     ) -> None:
         self._config = serve
-        self._lend = lend
-        self._state_dir = state_dir
         self._network = network
         self._directory = directory
         self._router = router
@@ -152,98 +154,96 @@ class ServingPart:
         self._settings = settings or ChoiceSettings()
         self._tenure: _Tenure | None = None
         self._change: _Change | None = None
+        self._has_started = False
         self._is_stopping = False
         self._model = ""
         self._broken_until: dict[str, float] = {}
         self._nursery: trio.Nursery
+        self.lender = Lender(lend, meter=self._open_meter(lend), state_dir=state_dir)
         self.changes = 0
 
     @property
     def serving(self) -> Serving | None:
-        """What is served now; none between two models."""
+        """What is served now; none between two models, and while the memory is the owner's."""
         return None if self._tenure is None else self._tenure.started.serving
 
-    @property
-    def lender(self) -> Lender | None:
-        """Of what is served now."""
-        return None if self._tenure is None else self._tenure.lender
-
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serves for ever; started when sessions are taken.
+        """Serves for ever; started when sessions are taken, or it is known that they can be later.
 
         Raises:
             ConfigError, KernelError: nothing can be served; see `load_serving`.
         """
-        config, has_started = self._config, False
         async with trio.open_nursery() as self._nursery:
+            await self._nursery.start(self.lender.run)
+            model = ""
+            if not self.lender.decision.lends:
+                await check_can_serve(self._config)
+                self._has_started = True
+                task_status.started()
             while True:
-                started = await self._start(config, self._nursery)
-                if started is None:  # and so nothing is served now
-                    config = replace(self._config, model=self._model, models=())
-                    continue
-                if not has_started:
-                    has_started = True
+                await self.lender.wait_lends()
+                config = self._config
+                if model:
+                    config = replace(config, model=model, models=())
+                tenure = await self._start(config, self._nursery)
+                is_ready = tenure is not None or not self.lender.decision.lends
+                if is_ready and not self._has_started:
+                    self._has_started = True
                     task_status.started()
-                model = await self._serve(started)
-                config = replace(self._config, model=model, models=())
-
-    async def pause(self, request: PauseRequest) -> Paused:
-        """The owner's pause; see `Lender.pause`. Between two models the next one begins with it."""
-        if self.lender is not None:
-            return await self.lender.pause(request)
-        until = None if request.for_s is None else time.time() + request.for_s
-        save_pause(self._state_dir / PAUSE_FILE, Pause(until))
-        return Paused(job=request.job, sessions=0, left=0)
-
-    async def resume(self, request: Resume) -> Resumed:
-        """The end of the owner's pause; see `Lender.resume`."""
-        if self.lender is not None:
-            return await self.lender.resume(request)
-        save_pause(self._state_dir / PAUSE_FILE, None)
-        return Resumed(job=request.job)
+                if tenure is None:  # and so nothing is served now
+                    model = self._model if self.lender.decision.lends else ""
+                    continue
+                model = await self._serve(tenure)
+                del tenure
 
     async def stop(self, *, deadline_s: float) -> None:
         """Leaves the swarm: refuses sessions, says so, and waits for those there are to move."""
         self._is_stopping = True
+        self.lender.end()
         if self._change is not None:
             await self._change.give_up()
         if self._tenure is None:
             return
         serving = self._tenure.started.serving
-        self._tenure.lender.end()
         serving.server.stop_accepting()
         await self._tenure.started.announcer.withdraw()
         await serving.drain(deadline_s=deadline_s)
 
     async def _start(self, config: ServeConfig, nursery: trio.Nursery) -> _Tenure | None:
-        """Loads one model, and serves it; none where that failed after another was served."""
+        """Loads one model, and serves it; none where that failed, or the owner wants the device."""
         tenure_nursery, ended = await nursery.start(_hold_nursery)
+        started: Started | None = None
         try:
-            started = await load_serving(
-                config,
-                network=self._network,
-                directory=self._directory,
-                router=self._router,
-                codecs=self.codecs,
-                executor=self._executor,
-                speeds=self._speeds,
-                rng=self._rng,
-                nursery=tenure_nursery,
-            )
+            with self.lender.while_lending():
+                started = await load_serving(
+                    config,
+                    network=self._network,
+                    directory=self._directory,
+                    router=self._router,
+                    codecs=self.codecs,
+                    executor=self._executor,
+                    speeds=self._speeds,
+                    rng=self._rng,
+                    nursery=tenure_nursery,
+                )
         except (ConfigError, KernelError, P2PError) as error:
             tenure_nursery.cancel_scope.cancel()
             await ended.wait()
-            if not self._model:
+            if not self._has_started:
                 raise
             forget_frames(error)  # they hold what was loaded
             await self._note_failure(config.model, error)
             return None
-        lender = self._make_lender(started)
-        await tenure_nursery.start(lender.run)
-        # At once: its owner's word is the lender's from now on, and no more the next one's.
-        self._tenure = tenure = _Tenure(started, lender, tenure_nursery, ended)
-        await started.begin(tenure_nursery)
+        if started is None:
+            tenure_nursery.cancel_scope.cancel()
+            await ended.wait()
+            self._change = None
+            return None
+        self.lender.attach(started.serving, started.announcer)
+        self._tenure = tenure = _Tenure(started, tenure_nursery, ended)
+        # All that goes on in it is begun at once: it is closed soon when this is cancelled.
         tenure_nursery.start_soon(self._keep_measuring_next_hops, started)
+        await started.begin(tenure_nursery)
         self._change = None  # it is made
         name = started.serving.identity.name
         self.changes += self._model not in ("", name)
@@ -252,45 +252,59 @@ class ServingPart:
 
     async def _note_failure(self, model: str, error: Exception) -> None:
         """A model could not be loaded: it is not tried again soon, or waited for if it is left."""
-        if self._change is not None:
-            change, self._change = self._change, None
-            await change.give_up()
-        if model == self._model:
+        if self._change is None:
             log.error("nothing is served", model=model, reason=str(error))
             await trio.sleep(RETRY_S)
             return
+        change, self._change = self._change, None
+        await change.give_up()
         log.warning("model not changed", model=model, reason=str(error))
         is_for_good = isinstance(error, CorruptCheckpoint | UnsupportedModel)
         self._broken_until[model] = math.inf if is_for_good else trio.current_time() + BROKEN_S
 
     async def _serve(self, tenure: _Tenure) -> str:
-        """Serves one model; gives the next one, when this is left."""
-        model = await self._wait_for_change(tenure)
-        await tenure.started.serving.end(deadline_s=CHANGE_DEADLINE_S)
+        """Serves one model until it is left; gives the next one, or "" for the configured ones."""
+        model = await self._wait_to_leave(tenure)
+        await tenure.started.serving.end(deadline_s=CHANGE_DEADLINE_S if model else 0.0)
         if self._is_stopping:
             await trio.sleep_forever()
-        log.info("changing the model", model=model)
-        tenure.lender.end()
+        self.lender.detach()
         self._tenure = None
         tenure.nursery.cancel_scope.cancel()
         await tenure.ended.wait()
-        assert self._change is not None
-        self._change.stop_telling()  # the loading tells of its own claim
+        if model:
+            log.info("changing the model", model=model)
+            assert self._change is not None
+            self._change.stop_telling()  # the loading tells of its own claim
+        else:
+            log.info("memory freed")
         return model
 
-    def _make_lender(self, started: Started) -> Lender:
-        lend = self._lend
+    async def _wait_to_leave(self, tenure: _Tenure) -> str:
+        """Until another model is to be served, which it gives, or ``""`` when memory is wanted."""
+        model = ""
+        async with trio.open_nursery() as nursery:
+
+            async def wait_to_free() -> None:
+                await self.lender.wait_to_free()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait_to_free)
+            model = await self._wait_for_change(tenure)
+            nursery.cancel_scope.cancel()
+        if not model:
+            if self._change is not None:
+                change, self._change = self._change, None
+                await change.give_up()
+            if tenure.started.mover is not None:
+                await tenure.started.mover.settle()
+        return model
+
+    def _open_meter(self, lend: LendConfig) -> Meter | None:
+        if lend.max_load >= NEVER:
+            return None
         device = parse_device(self._config.device)
-        meter = None
-        if lend.max_load < NEVER:
-            meter = open_meter(device, read_own_s=lambda: self._executor.computed_s)
-        return Lender(
-            lend,
-            started.serving,
-            started.announcer,
-            meter=meter,
-            state_dir=self._state_dir,
-        )
+        return open_meter(device, read_own_s=lambda: self._executor.computed_s)
 
     async def _keep_measuring_next_hops(self, started: Started) -> None:
         await trio.sleep(self._rng.uniform(0, FIRST_MEASURE_S))
@@ -331,7 +345,7 @@ class ServingPart:
         """Whether nothing else is going on: no move, no pause, no end."""
         mover = tenure.started.mover
         is_moving = mover is not None and mover.is_moving
-        return not is_moving and tenure.lender.decision.lends and not self._is_stopping
+        return not is_moving and self.lender.decision.lends and not self._is_stopping
 
     async def _tell_change(
         self, tenure: _Tenure, choice: ModelChoice[str], candidate: Candidate
@@ -360,7 +374,7 @@ class ServingPart:
         log.info("the model is kept", model=tenure.started.serving.identity.name)
         change, self._change = self._change, None
         await change.give_up()
-        if tenure.lender.decision.lends and not self._is_stopping:
+        if self.lender.decision.lends and not self._is_stopping:
             server.accept_again()
             await tenure.started.announcer.publish()
         return False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -54,10 +55,10 @@ class Started:
     async def begin(self, nursery: trio.Nursery) -> None:
         """Announces it as what it is from now on, and lets it move."""
         self.announcer.speak_for(self.serving.make_announcement)
-        await self.announcer.publish()
-        notify_status(self.serving.description)
         if self.mover is not None:
             nursery.start_soon(self.mover.run)
+        await self.announcer.publish()
+        notify_status(self.serving.description)
 
 
 async def load_serving(
@@ -105,24 +106,26 @@ async def load_serving(
     own = await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
     loader = SpanLoader(config, identity, executor, adapters=own, speeds=speeds)
     await trio.to_thread.run_sync(loader.warn_if_slow)
-    joining = Joining(loader.describe(VERSION, network.addresses[:16]))
-    announcer = Announcer(directory, joining.make_announcement, rng=rng)
     capacity: Capacity | None = None
     if config.blocks == ANY_BLOCKS:
         capacity = await loader.measure_capacity()
-        start, end = await choose_first_span(
-            joining,
-            capacity,
-            peer=network.peer,
-            read_view=partial(router.read_view, identity, max_age_s=0.0),
-            announce=announcer.publish,
-            rng=rng,
-        )
-    else:
-        start, end = _configured_span(config, identity)
-        joining.claim_span(start, end)
-    await nursery.start(announcer.run)
-    hosting = await loader.load(start, end)
+    joining = Joining(loader.describe(VERSION, network.addresses[:16]))
+    announcer = Announcer(directory, joining.make_announcement, rng=rng)
+    async with _take_back_if_failed(joining, announcer):
+        if capacity is not None:
+            start, end = await choose_first_span(
+                joining,
+                capacity,
+                peer=network.peer,
+                read_view=partial(router.read_view, identity, max_age_s=0.0),
+                announce=announcer.publish,
+                rng=rng,
+            )
+        else:
+            start, end = _configured_span(config, identity)
+            joining.claim_span(start, end)
+        await nursery.start(announcer.run)
+        hosting = await loader.load(start, end)
     serving = _begin(config, identity, loader, hosting, network, codecs, own)
     del hosting  # it is to be freed when the server moves
     mover = None
@@ -137,6 +140,40 @@ async def load_serving(
             rng=rng,
         )
     return Started(serving=serving, announcer=announcer, mover=mover)
+
+
+async def check_can_serve(config: ServeConfig) -> None:
+    """Looks at what is configured as far as that takes no weights: for a start that is put off.
+
+    Raises:
+        ConfigError, KernelError: nothing of it can be served; see `load_serving`.
+    """
+    refusal: ConfigError | KernelError | None = None
+    for name in config.models or (config.model,):
+        try:
+            identity = await trio.to_thread.run_sync(identify_model, name)
+            await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
+            if config.blocks != ANY_BLOCKS:
+                _configured_span(config, identity)
+        except (ConfigError, KernelError) as error:
+            refusal = error
+        else:
+            return
+    assert refusal is not None
+    raise refusal
+
+
+@asynccontextmanager
+async def _take_back_if_failed(joining: Joining, announcer: Announcer) -> AsyncIterator[None]:
+    """Whoever fails to load what it claimed, or is told not to, does not keep others from it."""
+    try:
+        yield
+    except BaseException:
+        if joining.claim is not None:
+            joining.give_up()
+            with trio.CancelScope(shield=True):
+                await announcer.withdraw()  # soon given up where it does not succeed
+        raise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

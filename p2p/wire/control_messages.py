@@ -78,8 +78,6 @@ class SpanStatus:
         cache_tokens: the arena's size; ``free_cache_tokens`` of it are promised to nobody.
         sessions: open now.
         steps: done since the start, decode and prefill apart.
-        paused_why: while it is paused, why: a clause, as "it" is the server.
-        resumes_in_s: when it comes back by itself, where that is known.
     """
 
     model: ModelName
@@ -96,8 +94,19 @@ class SpanStatus:
     sessions: Count
     decode_steps: Count
     prefill_steps: Count
-    paused_why: Text = ""
-    resumes_in_s: Seconds | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PauseStatus:
+    """Why this daemon serves nobody now, though it is to serve.
+
+    Attributes:
+        why: a clause, as "it" is the server.
+        ends_in_s: when it comes back by itself, where that is known.
+    """
+
+    why: Text
+    ends_in_s: Seconds | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +135,13 @@ class CodecCount:
 @message("status_report")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatusReport(Message):
-    """The daemon, its span if it serves one, its peers, the models that it routes for."""
+    """The daemon, its span, its peers, the models that it routes for.
+
+    Attributes:
+        roles: of ``serve``, ``route`` and ``anchor``.
+        span: that is in memory; none where there is none, or none now.
+        pause: none while the server does not make way for its owner.
+    """
 
     job: JobNumber
     version: Name
@@ -139,6 +154,7 @@ class StatusReport(Message):
     peers: Annotated[tuple[PeerStatus, ...], Bound(0, 4096)]
     jobs: Count
     span: SpanStatus | None = None
+    pause: PauseStatus | None = None
     sent: Annotated[tuple[CodecCount, ...], Bound(0, 64)] = ()
 
 
@@ -446,7 +462,9 @@ class Resumed(Message):
 
     Attributes:
         paused_why: why the server is not back all the same; empty where it is.
+        is_loading: whether it loads its blocks first, which were freed.
     """
 
     job: JobNumber
     paused_why: Text = ""
+    is_loading: bool = False

@@ -14,6 +14,7 @@ from p2p.wire.control_messages import (
     Generate,
     JobFailed,
     Pause,
+    PauseStatus,
     Resume,
     Resumed,
     StatusRequest,
@@ -32,6 +33,8 @@ from tests.helpers.control_stand_in import (
 )
 
 Run = Callable[..., tuple[int, str, str]]
+
+OWNERS = PauseStatus(why="its owner paused it", ends_in_s=7200.0)
 
 
 @pytest.fixture
@@ -396,7 +399,19 @@ def test_resume_says_whether_the_server_is_back(run: Run) -> None:
             "",
         )
         status, out, _ = run("--socket", daemon.path, "resume", "--json")
-        assert (status, json.loads(out)) == (0, {"lends": True, "paused_why": ""})
+        assert (status, json.loads(out)) == (
+            0,
+            {"lends": True, "paused_why": "", "is_loading": False},
+        )
+
+    def load(conversation: Conversation) -> None:
+        while (request := conversation.receive()) is not None:
+            assert isinstance(request, Resume)
+            conversation.send(Resumed(job=request.job, is_loading=True))
+
+    with run_stand_in(load) as daemon:
+        status, out, _ = run("--socket", daemon.path, "resume")
+        assert (status, out.startswith("this server loads its blocks again")) == (0, True)
 
     def stay_away(conversation: Conversation) -> None:
         while (request := conversation.receive()) is not None:
@@ -424,16 +439,27 @@ def test_a_daemon_that_does_not_serve_says_so(run: Run, command: str) -> None:
     assert "serves no blocks" in err
 
 
-def test_status_says_why_a_server_is_paused(run: Run) -> None:
+@pytest.mark.parametrize(
+    ("has_blocks", "pause", "expected"),
+    [
+        (True, OWNERS, "tiny, blocks 0:2, paused\n"),
+        (False, OWNERS, "paused, no blocks in memory\n"),
+        (False, None, "nothing yet; it loads its blocks\n"),
+    ],
+)
+def test_status_says_why_a_server_serves_nobody(
+    run: Run, has_blocks: bool, pause: PauseStatus | None, expected: str
+) -> None:
     def answer(conversation: Conversation) -> None:
         request = conversation.receive()
         assert isinstance(request, StatusRequest)
         report = status_report(request.job)
         assert report.span is not None
-        why = {"paused_why": "its owner paused it", "resumes_in_s": 7200.0}
-        conversation.send(replace(report, span=replace(report.span, state="paused", **why)))
+        span = replace(report.span, state="paused") if has_blocks else None
+        conversation.send(replace(report, roles=("serve",), span=span, pause=pause))
         conversation.receive()
 
     with run_stand_in(answer) as daemon:
         _, out, _ = run("--socket", daemon.path, "status")
-    assert "serves      tiny, blocks 0:2, paused\n            its owner paused it; for 2 h" in out
+    assert f"serves      {expected}" in out
+    assert ("its owner paused it; for 2 h" in out) is (pause is not None)

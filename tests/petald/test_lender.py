@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,18 @@ class Clock:
 
 @asynccontextmanager
 async def run_lender(
-    world: DaemonWorld, number: int, config: LendConfig, folder: Path, **changes: Any
+    world: DaemonWorld,
+    number: int,
+    config: LendConfig,
+    folder: Path,
+    *,
+    freed: list[Why | None] | None = None,
+    **changes: Any,
 ) -> AsyncIterator[Lender]:
-    """A lender for one server of the world, which it announces."""
+    """A lender for one server of the world, which it announces.
+
+    Its memory is not freed, but that this is asked for is noted: why nothing was lent then.
+    """
     swarm = world.swarm
     serving = Serving(
         identity=world.identity,
@@ -85,9 +95,23 @@ async def run_lender(
     announcer = Announcer(
         Directory(swarm.networks[number]), serving.make_announcement, rng=random.Random(0)
     )
-    lender = Lender(config, serving, announcer, **{"meter": None, "state_dir": folder, **changes})
+    lender = Lender(config, **{"meter": None, "state_dir": folder, **changes})
+
+    async def free_and_load() -> None:
+        while True:
+            await lender.wait_to_free()
+            if freed is not None:
+                freed.append(lender.decision.why)
+            lender.detach()
+            await lender.wait_lends()
+            serving.server.accept_again()
+            lender.attach(serving, announcer)
+            announcer.announce_soon()
+
     async with trio.open_nursery() as nursery:
         await nursery.start(lender.run)
+        lender.attach(serving, announcer)
+        nursery.start_soon(free_and_load)
         await nursery.start(announcer.run)
         yield lender
         lender.end()
@@ -197,6 +221,11 @@ async def test_a_load_makes_the_server_yield_and_its_end_brings_it_back(
             await wait_until(lambda: not lender.decision.lends)
             assert lender.decision.why is Why.LOAD
             assert world.swarm.servers[0].is_draining
+            load.share = 0.0
+            await wait_until(lambda: lender.decision.lends)
+            assert not world.swarm.servers[0].is_draining
+            load.share = 1.0
+            await wait_until(lambda: not lender.decision.lends)
             # The owner's word does not bring it back while others are busy, and it says so.
             await lender.pause(Pause(job=1, for_s=600))
             assert lender.decision.why is Why.OWNER
@@ -205,11 +234,12 @@ async def test_a_load_makes_the_server_yield_and_its_end_brings_it_back(
             load.share = 0.0
             await wait_until(lambda: lender.decision.lends)
             assert not world.swarm.servers[0].is_draining
-            assert (lender.times_left, lender.times_returned) == (1, 1)
+            assert (lender.times_left, lender.times_returned) == (2, 2)
         said = [manager.recv(4096).decode() for _ in range(4)]
     assert said[0].startswith("STATUS=paused: others use more than 50%")
-    assert said[1] == "STATUS=paused: its owner paused it"
-    assert said[3] == "STATUS=serving blocks 0:4 of tiny"
+    assert said[1] == "STATUS=serving blocks 0:4 of tiny"
+    assert said[2] == said[0]
+    assert said[3] == "STATUS=paused: its owner paused it"
 
 
 async def test_a_pause_ends_in_time_and_outlives_the_daemon(
@@ -253,7 +283,7 @@ async def test_a_resume_in_the_midst_of_a_pause_leaves_the_server_serving(
                     await wait_until(lambda: not lender.decision.lends)
                 await lender.resume(Resume(job=2))
             assert lender.decision.lends
-            assert not world.swarm.servers[0].is_draining
+            await wait_until(lambda: not world.swarm.servers[0].is_draining)
 
 
 async def test_it_decides_now_and_then_only_and_not_while_the_daemon_stops(
@@ -272,6 +302,81 @@ async def test_it_decides_now_and_then_only_and_not_while_the_daemon_stops(
             world.swarm.servers[0].stop_accepting()
             await lender.resume(Resume(job=2))
             assert world.swarm.servers[0].is_draining
+
+
+async def test_the_memory_is_the_owners_at_once_but_after_a_while_for_a_load(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    load = Load(1.0)
+    freed: list[Why | None] = []
+    config = LendConfig(max_load=0.5, busy_s=1.0, idle_s=1.0, free_after_s=1.5)
+    async with (
+        open_daemon_world(checkpoint, tmp_path, (0, 4)) as world,
+        run_lender(world, 0, config, tmp_path, meter=load, freed=freed) as lender,
+    ):
+        await wait_until(lambda: lender.decision.why is Why.LOAD)
+        load.share = 0.0
+        await wait_until(lambda: lender.decision.lends)
+        await trio.sleep(1.5)
+        assert freed == []  # it came back in time
+        load.share = 1.0
+        await wait_until(lambda: lender.decision.why is Why.LOAD)
+        await trio.sleep(0.5)
+        assert freed == []
+        await wait_until(lambda: freed == [Why.LOAD])
+        load.share = 0.0
+        await wait_until(lambda: lender.decision.lends and not world.swarm.servers[0].is_draining)
+        load.share = 1.0
+        await wait_until(lambda: lender.decision.why is Why.LOAD)
+        await lender.pause(Pause(job=1))
+        with trio.fail_after(0.5):
+            while freed != [Why.LOAD, Why.OWNER]:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+
+
+async def test_what_is_used_is_not_freed_before_its_time_is_over(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    freed: list[Why | None] = []
+    async with (
+        open_daemon_world(checkpoint, tmp_path, (0, 4)) as world,
+        run_lender(world, 0, LendConfig(), tmp_path, freed=freed) as lender,
+    ):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(world.generate, PROMPT, TOKENS, max_wait_s=0.0))
+            await wait_until(lambda: count_tokens(world.sent) > 5)
+            nursery.start_soon(lender.pause, Pause(job=1, within_s=2.0))
+            await wait_until(lambda: not lender.decision.lends)
+            await trio.sleep(0.5)
+            assert (world.swarm.servers[0].sessions, freed) == (1, [])
+            await wait_until(lambda: freed == [Why.OWNER])
+            nursery.cancel_scope.cancel()
+        assert world.swarm.servers[0].sessions == 0
+
+
+async def test_loading_ends_with_a_pause_and_waits_for_its_end(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    async with (
+        open_daemon_world(checkpoint, tmp_path, (0, 4)) as world,
+        run_lender(world, 0, LendConfig(), tmp_path) as lender,
+    ):
+        lender.detach()
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(5), lender.while_lending() as scope:
+                await lender.wait_lends()
+                nursery.start_soon(lender.pause, Pause(job=1))
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+        with trio.fail_after(5), lender.while_lending() as scope:
+            await trio.sleep_forever()
+        assert scope.cancelled_caught
+        with trio.move_on_after(0.1):
+            await lender.wait_lends()
+            pytest.fail("it lends")
+        assert (await lender.resume(Resume(job=2))).is_loading
+        with trio.fail_after(5):
+            await lender.wait_lends()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"until": "soon"}', "{}", "\0"])

@@ -14,11 +14,13 @@ import trio
 
 import petald.serving_part
 from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
+from kernels.model_store import UnknownModel
 from p2p.directory import Directory
 from p2p.memory_network import MemoryHub, open_memory_hub
 from p2p.wire.control_messages import Pause, Resume
 from petald.config import LendConfig, RouteConfig, ServeConfig
 from petald.executor import open_executor
+from petald.hosting import Hosting, SpanLoader
 from petald.local_model import ModelIdentity, identify_model
 from petald.message_codecs import MessageCodecs
 from petald.model_choice import ChoiceSettings
@@ -135,7 +137,6 @@ async def test_a_server_goes_to_the_model_that_lost_its_last_server(
             await taker.say(ServerState.LEAVING)
             await until(serves(part, folders["qwen2"]))
             await until(lambda: part.changes == 2)
-            assert part.lender is not None
             assert part.lender.decision.lends
 
 
@@ -202,9 +203,97 @@ async def test_a_paused_server_stays_with_its_model(
             await taker.say()
             await kept.say(ServerState.LEAVING)
             await trio.sleep(1.0)  # many looks
-            assert serves(part, folders["qwen2"])()
+            assert part.serving is None
+            assert part.changes == 0
+            # What it does when it comes back is what is needed then.
+            assert (await part.lender.resume(Resume(job=1))).is_loading
+            await until(serves(part, folders["llama"]))
+
+
+async def test_a_pause_frees_the_blocks_and_a_resume_loads_them_again(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    only = {"llama": folders["llama"]}
+    async with open_memory_hub() as hub, serve(hub, only, tmp_path) as (part, router):
+        own = part._network.peer
+        for _ in range(2):
             assert part.serving is not None
-            assert not part.serving.server.is_accepting
+            before = weakref.ref(part.serving.hosting.span.block(0))
+            paused = await part.lender.pause(Pause(job=1))
+            assert (paused.sessions, paused.left) == (0, 0)
+            await until(lambda: part.serving is None)
+            assert before() is None
+            assert await states_of(router, only["llama"], own) == [ServerState.LEAVING]
+            resumed = await part.lender.resume(Resume(job=2))
+            assert (resumed.paused_why, resumed.is_loading) == ("", True)
+            await until(serves(part, only["llama"]))
+            assert part.serving is not None
+            assert part.serving.server.is_accepting
+            await part.lender.pause(Pause(job=3))  # and taken back while it frees them
+            assert (await part.lender.resume(Resume(job=4))).paused_why == ""
+            await until(lambda: part.serving is not None and part.serving.server.is_accepting)
+        assert part.changes == 0
+
+
+async def test_a_pause_while_blocks_are_loaded_ends_that(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = {"llama": folders["llama"]}
+    load = SpanLoader.load
+    loading = trio.Event()
+
+    async def load_for_ever(*_: object, **__: object) -> Hosting:
+        loading.set()
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with open_memory_hub() as hub, serve(hub, only, tmp_path) as (part, router):
+        own = part._network.peer
+        await part.lender.pause(Pause(job=1))
+        await until(lambda: part.serving is None)
+        monkeypatch.setattr(SpanLoader, "load", load_for_ever)
+        await part.lender.resume(Resume(job=2))
+        with trio.fail_after(10):
+            await loading.wait()
+        assert await states_of(router, only["llama"], own) == [ServerState.LOADING]
+        await part.lender.pause(Pause(job=3))
+        with trio.fail_after(10):
+            while await states_of(router, only["llama"], own) != [  # noqa: ASYNC110
+                ServerState.LEAVING
+            ]:
+                await trio.sleep(0.02)
+        monkeypatch.setattr(SpanLoader, "load", load)
+        await trio.sleep(0.2)
+        assert part.serving is None
+        await part.lender.resume(Resume(job=4))
+        await until(serves(part, only["llama"]))
+
+
+async def test_a_start_within_a_pause_loads_nothing_but_says_what_is_wrong(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pause.json").write_text('{"until": null}')
+    load_serving, failures = petald.serving_part.load_serving, [1]
+
+    async def load(config: ServeConfig, **parts: object) -> object:
+        if failures[0]:
+            failures[0] -= 1
+            raise OutOfDeviceMemory("others have it")
+        return await load_serving(config, **parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(petald.serving_part, "load_serving", load)
+    monkeypatch.setattr(petald.serving_part, "RETRY_S", 0.1)
+    async with open_memory_hub() as hub:
+        with pytest.raises(ExceptionGroup) as raised:
+            async with serve(hub, {"absent": tmp_path / "absent"}, tmp_path):
+                pytest.fail("it started")
+        assert raised.group_contains(UnknownModel)
+        async with serve(hub, {"llama": folders["llama"]}, tmp_path) as (part, _):
+            assert (part.serving, failures[0]) == (None, 1)
+            # What cannot be loaded when it comes back does not end the daemon.
+            await part.lender.resume(Resume(job=1))
+            await until(serves(part, folders["llama"]))
+            assert failures[0] == 0
 
 
 async def test_a_gap_that_others_filled_meanwhile_is_left_to_them(
@@ -285,13 +374,13 @@ async def test_a_server_whose_models_cannot_be_loaded_for_a_time_comes_back(
             await kept.say(ServerState.LEAVING)
             await until(lambda: part.serving is None)
             # Meanwhile its owner's word is taken, and heeded when it serves again.
-            paused = await part.pause(Pause(job=1))
+            paused = await part.lender.pause(Pause(job=1))
             assert (paused.sessions, paused.left) == (0, 0)
+            await trio.sleep(1.5)
+            assert part.serving is None
+            assert (await part.lender.resume(Resume(job=2))).is_loading
             await until(lambda: part.serving is not None)
-            assert serves(part, folders["qwen2"])()
             assert part.serving is not None
-            assert not part.serving.server.is_accepting
-            await part.resume(Resume(job=2))
             assert part.serving.server.is_accepting
 
 
