@@ -164,7 +164,11 @@ def make_tasks(args: argparse.Namespace, rule: str) -> list[tuple[str, SimSettin
             continue
         for seed in range(seeds):
             settings = SimSettings(
-                servers=size, seed=seed, crashes=args.crashes, views=Views(args.views)
+                servers=size,
+                seed=seed,
+                crashes=args.crashes,
+                views=Views(args.views),
+                error=args.error,
             )
             if size >= LARGE:
                 settings = replace(settings, settle_s=LARGE_SETTLE_S)
@@ -196,6 +200,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hours", type=float, default=1.0, help="of churn")
     parser.add_argument("--crashes", type=float, default=0.5, help="of those that go")
+    parser.add_argument("--error", type=float, default=0.1, help="of what servers measure")
     parser.add_argument("--views", choices=[*Views], default=Views.KIN, help="of large swarms")
     parser.add_argument("--churn-seeds", type=int, default=1, help="of them, from 1000 servers on")
     parser.add_argument("--ancestor-seeds", type=int, default=1)

@@ -67,6 +67,9 @@ class OwnRule:
         if self._planner.claim == span:
             self._planner.on_loaded(self._world.now)
 
+    def on_measured(self) -> None:
+        self._planner.set_capacity(self._server.capacity)
+
     def on_look(self) -> None:
         world, server, planner = self._world, self._server, self._planner
         load = read_load(world, server, is_urgent=planner.is_urgent)
@@ -154,12 +157,15 @@ class AncestorRule:
     def on_loaded(self, span: Span) -> None:
         raise AssertionError("it loads nothing while it serves")
 
+    def on_measured(self) -> None:
+        """What it does is computed anew at each look."""
+
     def on_look(self) -> None:
         world, server = self._world, self._server
         assert server.span is not None
         start, end = server.span
         others_L = world.directory.load_for(server.peer, whole=True).throughput_L
-        share = server.speed / (end - start)
+        share = server.measured.value / (end - start)
         now_L = others_L.copy()
         now_L[start:end] += share
         others_L[start:end] -= share * 0.001

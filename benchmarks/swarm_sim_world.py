@@ -5,6 +5,8 @@ stands in for the rest is here. It is repeatable by seed. What is assumed:
 
 - a server does 1 to 20 block-steps in a unit of time (log-uniform), and fits 2 to 20 blocks of 80
   (uniform), the one independent of the other;
+- what it measures of itself errs by a tenth (log-normal), each minute anew; what it announces of
+  that, and decides by, is what a server makes of it (`petald.steady_rate`);
 - an announcement is to be seen after 0.3 to 2 s, one in twenty 15 s later, when it is repeated;
 - a server that dies is seen for another 30 to 45 s (`petald.announcer`), or, where it leaves
   politely, as long as any other announcement;
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +28,7 @@ import numpy as np
 
 from benchmarks.swarm_sim_directory import Said, SimDirectory, Span, Views
 from petald.block_load import Capacity
+from petald.steady_rate import SteadyRate
 
 BLOCKS = 80
 SPEED_SPREAD = 20.0
@@ -33,6 +37,7 @@ VISIBLE_S = (0.3, 2.0)
 LOST, REPEATED_S = 0.05, 15.0
 EXPIRY_S = (30.0, 45.0)
 LOAD_BLOCK_S = 5.0
+MEASURE_S = 60.0
 SAMPLE_S = 5.0
 
 
@@ -50,6 +55,7 @@ class SimSettings:
         crashes: of those that go, the part that does not say so.
         views: what a server sees of a large swarm.
         strike_s: how long after the settling all who hold some block die at once; none: never.
+        error: the standard deviation of the logarithm of a measured speed.
     """
 
     servers: int
@@ -61,14 +67,17 @@ class SimSettings:
     crashes: float = 0.5
     views: Views = Views.KIN
     strike_s: float | None = None
+    error: float = 0.1
 
 
 @dataclass(slots=True, eq=False)
 class SimServer:
-    """A server, as it really is."""
+    """A server, as it really is, but for what it measured."""
 
     peer: str
-    capacity: Capacity
+    speed: float
+    fit: int
+    measured: SteadyRate
     rng: random.Random
     born_at: float
     rule: ServerRule | None = None
@@ -76,12 +85,14 @@ class SimServer:
     is_alive: bool = True
     look_token: int = 0
     said_token: int = 0
+    claim: tuple[Span | None, int] = (None, 0)
     moved_at: list[float] = field(default_factory=list)
     died_at: float | None = None
 
     @property
-    def speed(self) -> float:
-        return self.capacity.block_steps_per_s
+    def capacity(self) -> Capacity:
+        """As far as it knows."""
+        return Capacity(fit=self.fit, block_steps_per_s=self.measured.value)
 
 
 class ServerRule(Protocol):
@@ -95,6 +106,9 @@ class ServerRule(Protocol):
 
     def on_loaded(self, span: Span) -> None:
         """A span has been loaded."""
+
+    def on_measured(self) -> None:
+        """What the server knows of its own speed is another than before."""
 
 
 class MakeRule(Protocol):
@@ -157,8 +171,9 @@ class World:
     def publish(self, server: SimServer, claim: Span | None, made_at_ms: int = 0) -> None:
         """Announces what holds now; it is to be seen a little later."""
         server.said_token += 1
+        server.claim = claim, made_at_ms
         token = server.said_token
-        said = Said(server.span, claim, made_at_ms, server.speed)
+        said = Said(server.span, claim, made_at_ms, server.measured.value)
 
         def show() -> None:
             if server.said_token == token and server.is_alive:
@@ -215,17 +230,34 @@ class World:
     def _join(self) -> None:
         rng = self.rng
         fit = rng.randint(LEAST_FIT, MOST_FIT)
+        speed = SPEED_SPREAD ** rng.random()
         server = SimServer(
             peer=f"{rng.getrandbits(32):08x}-{len(self.servers)}",
-            capacity=Capacity(fit=fit, block_steps_per_s=SPEED_SPREAD ** rng.random()),
+            speed=speed,
+            fit=fit,
+            measured=SteadyRate(self._measure(speed)),
             rng=random.Random(rng.getrandbits(64)),
             born_at=self.now,
         )
         self.servers.append(server)
         self.fit += fit
         self.start_anew(server)
+        self.at(self.now + MEASURE_S, lambda: self._measure_again(server))
         if self.now >= self.settings.settle_s:
             self._doom(server)
+
+    def _measure(self, speed: float) -> float:
+        return speed * math.exp(self.rng.gauss(0.0, self.settings.error))
+
+    def _measure_again(self, server: SimServer) -> None:
+        if not server.is_alive:
+            return
+        before = server.measured.value
+        server.measured.on_measured(self._measure(server.speed), MEASURE_S)
+        if server.measured.value != before and server.rule is not None:
+            server.rule.on_measured()
+            self.publish(server, *server.claim)
+        self.at(self.now + MEASURE_S, lambda: self._measure_again(server))
 
     def start_anew(self, server: SimServer) -> None:
         """Chooses and loads a first span, which is announced as a claim meanwhile."""
@@ -263,7 +295,7 @@ class World:
 
     def _die(self, server: SimServer, *, is_crash: bool, is_replaced: bool = True) -> None:
         server.is_alive, server.died_at = False, self.now
-        self.fit -= server.capacity.fit
+        self.fit -= server.fit
         self.serve(server, None)
         seen_s = self.rng.uniform(*(EXPIRY_S if is_crash else VISIBLE_S))
         self.at(self.now + seen_s, lambda: self.directory.put(server.peer, None))
@@ -300,7 +332,7 @@ def memory_bound(servers: list[SimServer], num_blocks: int = BLOCKS) -> float:
     is of use for no more than ``x`` on each block that it can host.
     """
     speeds = np.array([server.speed for server in servers])
-    fits = np.array([min(server.capacity.fit, num_blocks) for server in servers])
+    fits = np.array([min(server.fit, num_blocks) for server in servers])
     bound = speeds.sum() / num_blocks
     low, high = 0.0, float(bound)
     for _ in range(50):

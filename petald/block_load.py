@@ -163,7 +163,7 @@ def read_load(view: SwarmView, *, own: str | None = None) -> BlockLoad:
     """Adds up what the servers of a view say of themselves.
 
     A server that takes no sessions counts where it claims a span: it is loading that one. A server
-    that announces no time is taken for a typical one.
+    that announces no speed is taken for a typical one.
 
     Args:
         view: the swarm view.
@@ -226,8 +226,7 @@ def _counts(server: Server, view: SwarmView) -> bool:
 
 def _speeds(servers: Iterable[Server]) -> Floats:
     """Block-steps a second of each server, within reason."""
-    steps = [(one.end - one.start, one.step_ms) for one in servers]
-    speeds = np.array([1e3 * blocks / step_ms if step_ms > 0 else 0.0 for blocks, step_ms in steps])
+    speeds = np.array([server.block_steps_per_s for server in servers], np.float64)
     measured = speeds[speeds > 0]
     typical = float(np.median(measured)) if len(measured) else 1.0
     return np.where(speeds > 0, np.minimum(speeds, MOST_OF_TYPICAL * typical), typical)

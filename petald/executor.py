@@ -49,11 +49,13 @@ class Timed:
         value: the item's result.
         queue_s: from being queued to the start of the batch.
         compute_s: of the whole batch.
+        items: in the batch.
     """
 
     value: Any
     queue_s: float
     compute_s: float
+    items: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -91,6 +93,7 @@ class Executor:
         synchronise: Callable[[], None] = lambda: None,
     ) -> None:
         self._token = token
+        self.share = share
         self._scheduler: Scheduler[_Pending] = Scheduler(max_batch_tokens=max_batch_tokens)
         self._duty = DutyCycle(share) if share < 1 else None
         # Without a limit, both are one queue, in whose order all work stands.
@@ -295,7 +298,7 @@ class Executor:
         self.batches += 1
         self.batched_items += len(batch)
         for pending, result in zip(batch, results, strict=True):
-            pending.result = Timed(result, started_at - pending.queued_at, compute_s)
+            pending.result = Timed(result, started_at - pending.queued_at, compute_s, len(batch))
 
 
 def _call_one(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:

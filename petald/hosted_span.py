@@ -7,6 +7,8 @@ opened is closed once, whatever is cancelled in between.
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +34,9 @@ STEP_WEIGHT = 0.02
 """Of the newest decode step in their mean time: some fifty, a second or two, show a change."""
 
 PREFILL_WEIGHT = 0.2
+
+MOST_LONE_STEPS = 128
+"""Of which the median is taken: the last seconds' ones; a step that stalled is passed over so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class HostedSpan:
         self._executor = executor
         self._block_s: float | None = None
         self._token_s: float | None = None
+        self._lone_block_s: deque[float] = deque(maxlen=MOST_LONE_STEPS)
         self.decode_steps = 0
         self.prefill_steps = 0
         self._has_told_failure = False
@@ -80,6 +86,14 @@ class HostedSpan:
         """How long each token of a prefill through the whole span lately took; likewise."""
         blocks = self.span.end - self.span.start
         return None if self._token_s is None else self._token_s * blocks
+
+    def take_lone_block_s(self) -> float | None:
+        """How long a lone decode step took in a block, in the median since this was asked last.
+
+        None where there was none. As when it was first measured: one token, of one session.
+        """
+        taken, self._lone_block_s = self._lone_block_s, deque(maxlen=MOST_LONE_STEPS)
+        return statistics.median(taken) if taken else None
 
     @property
     def queued_tokens(self) -> int:
@@ -191,7 +205,10 @@ class HostedSpan:
             log.warning("decode steps are not recorded", reason=self.span.graphs_failure)
         if is_decode:
             self.decode_steps += 1
-            self._block_s = _mean(self._block_s, timed.compute_s / (end - start), STEP_WEIGHT)
+            block_s = timed.compute_s / (end - start)
+            self._block_s = _mean(self._block_s, block_s, STEP_WEIGHT)
+            if tokens == 1 and timed.items == 1:
+                self._lone_block_s.append(block_s)
         else:
             self.prefill_steps += 1
             block_s = timed.compute_s / (end - start)

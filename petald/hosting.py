@@ -51,12 +51,14 @@ class Hosting:
         passes: runs forward and backward passes.
         adapters: what sessions and passes can be run with.
         speed: of its blocks, measured when it was loaded.
+        share: of the device's time that peers get.
     """
 
     hosted: HostedSpan
     passes: HostedPasses
     adapters: AdapterStore
     speed: BlockSpeed
+    share: float = 1.0
 
     @property
     def span(self) -> Span:
@@ -103,12 +105,15 @@ class SpanLoader:
             threads=config.threads,
         )
 
-    def describe(self, version: str, addresses: tuple[str, ...]) -> Announcement:
+    def describe(
+        self, version: str, addresses: tuple[str, ...], capacity: Capacity | None = None
+    ) -> Announcement:
         """What a server says of itself that loads a span of this model.
 
         Args:
             version: of petald.
             addresses: where it listens.
+            capacity: what it can do, where that is known.
         """
         return Announcement(
             model=self._identity.fingerprint,
@@ -123,6 +128,7 @@ class SpanLoader:
             codec=self._config.codec,
             version=version,
             addresses=addresses,
+            block_steps_per_s=0.0 if capacity is None else capacity.block_steps_per_s,
         )
 
     def warn_if_slow(self) -> None:
@@ -170,7 +176,8 @@ class SpanLoader:
             raise ConfigError(f"no block of {name} is here; fetch some with petalctl model pull")
         fit = self._count_fitting(freed_bytes)
         speed = await self.find_speed()
-        return Capacity(fit=fit, block_steps_per_s=1 / speed.step_s, missing=self._missing)
+        rate = self._executor.share / speed.step_s
+        return Capacity(fit=fit, block_steps_per_s=rate, missing=self._missing)
 
     def _count_fitting(self, freed_bytes: int) -> int:
         memory_bytes = self._config.memory_bytes
@@ -249,6 +256,7 @@ class SpanLoader:
             passes=HostedPasses(span, self._executor, pass_bytes=self._config.pass_bytes),
             adapters=adapters,
             speed=speed,
+            share=self._executor.share,
         )
 
     async def shed(self, hosting: Hosting, start: int, end: int) -> None:

@@ -153,11 +153,8 @@ class Mover:
         await trio.lowlevel.checkpoint()
 
     def _measure(self) -> None:
-        hosting = self._serving.hosting
-        step_s = hosting.hosted.step_s
-        blocks = hosting.span.end - hosting.span.start
-        block_s = hosting.speed.step_s if step_s is None else step_s / blocks
-        self._planner.set_capacity(replace(self._capacity, block_steps_per_s=1 / block_s))
+        rate = self._serving.block_steps_per_s
+        self._planner.set_capacity(replace(self._capacity, block_steps_per_s=rate))
 
     async def _carry_out(self, action: MoveAction, nursery: trio.Nursery) -> None:
         if isinstance(action, MakeClaim):

@@ -23,6 +23,7 @@ from petald.notify import notify_status
 from petald.pass_server import PassServer
 from petald.router import Router
 from petald.server import Server
+from petald.steady_rate import SteadyRate
 from petald.swarm import (
     Announcement,
     Claim,
@@ -84,6 +85,21 @@ class Serving:
         self._network = network
         self._adapter_names = adapter_names
         self._is_between = False
+        self._rate = SteadyRate(hosting.share / hosting.speed.step_s)
+        self._noted_at = trio.current_time()
+
+    @property
+    def block_steps_per_s(self) -> float:
+        """What it gives the swarm, as is announced."""
+        return self._rate.value
+
+    def note_speed(self) -> None:
+        """Heeds how long decode steps took since the last call; to be called now and then."""
+        now, before = trio.current_time(), self._noted_at
+        self._noted_at = now
+        block_s = self.hosting.hosted.take_lone_block_s()
+        if block_s:
+            self._rate.on_measured(self.hosting.share / block_s, now - before)
 
     @property
     def codecs(self) -> MessageCodecs:
@@ -128,6 +144,7 @@ class Serving:
             addresses=self._network.addresses[:16],
             adapters=self._adapter_names,
             claim=self.claim,
+            block_steps_per_s=float(f"{self.block_steps_per_s:.3g}"),
         )
 
     async def drain(self, *, deadline_s: float) -> None:

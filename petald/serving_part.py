@@ -242,7 +242,7 @@ class ServingPart:
         self.lender.attach(started.serving, started.announcer)
         self._tenure = tenure = _Tenure(started, tenure_nursery, ended)
         # All that goes on in it is begun at once: it is closed soon when this is cancelled.
-        tenure_nursery.start_soon(self._keep_measuring_next_hops, started)
+        tenure_nursery.start_soon(self._keep_measuring, started)
         await started.begin(tenure_nursery)
         self._change = None  # it is made
         name = started.serving.identity.name
@@ -306,9 +306,10 @@ class ServingPart:
         device = parse_device(self._config.device)
         return open_meter(device, read_own_s=lambda: self._executor.computed_s)
 
-    async def _keep_measuring_next_hops(self, started: Started) -> None:
+    async def _keep_measuring(self, started: Started) -> None:
         await trio.sleep(self._rng.uniform(0, FIRST_MEASURE_S))
         while True:
+            started.serving.note_speed()
             try:
                 await started.serving.measure_next_hops(self._router, self._rng)
             except (P2PError, PetaldError) as error:
@@ -358,7 +359,9 @@ class ServingPart:
         """
         server = tenure.started.serving.server
         offer = candidate.offer
-        joining = Joining(candidate.loader.describe(VERSION, self._network.addresses[:16]))
+        joining = Joining(
+            candidate.loader.describe(VERSION, self._network.addresses[:16], offer.capacity)
+        )
         claim = joining.claim_span(*choose_span(offer.load, offer.capacity, rng=self._rng))
         announcer = Announcer(self._directory, joining.make_announcement, rng=self._rng)
         self._change = _Change(joining, announcer)

@@ -109,7 +109,7 @@ async def load_serving(
     capacity: Capacity | None = None
     if config.blocks == ANY_BLOCKS:
         capacity = await loader.measure_capacity()
-    joining = Joining(loader.describe(VERSION, network.addresses[:16]))
+    joining = Joining(loader.describe(VERSION, network.addresses[:16], capacity))
     announcer = Announcer(directory, joining.make_announcement, rng=rng)
     async with _take_back_if_failed(joining, announcer):
         if capacity is not None:

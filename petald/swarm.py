@@ -131,6 +131,9 @@ class Announcement(Record):
         round_trips: to its likely next hops; the first one counts where a peer stands twice.
         adapters: that it hosts, by their full names; see `adapter_full_name`.
         claim: the move that it is about to make; none: it stays.
+        block_steps_per_s: decode steps through one block that it gives the swarm in a second, as
+            far as peers may use the device: what placement goes by, and so kept still
+            (`petald.steady_rate`), where ``step_ms`` follows the moment; zero where unknown.
     """
 
     model: Digest
@@ -151,6 +154,7 @@ class Announcement(Record):
     round_trips: Annotated[tuple[RoundTripTo, ...], Bound(0, MAX_ROUND_TRIPS)] = ()
     adapters: Annotated[tuple[AdapterName, ...], Bound(0, MAX_ADAPTERS)] = ()
     claim: Claim | None = None
+    block_steps_per_s: Annotated[float, Bound(0, 1e9)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +185,15 @@ class Server:
         """Of a decode step through its span, not less than can be; zero where it was not told."""
         told_ms = self.announcement.step_ms
         return max(told_ms, LEAST_BLOCK_MS * (self.end - self.start)) if told_ms > 0 else 0.0
+
+    @property
+    def block_steps_per_s(self) -> float:
+        """That it gives, not more than can be; by its step's time where it did not tell, or 0."""
+        most = 1e3 / LEAST_BLOCK_MS
+        told = self.announcement.block_steps_per_s
+        if told > 0:
+            return min(told, most)
+        return 1e3 * (self.end - self.start) / self.step_ms if self.step_ms > 0 else 0.0
 
     @property
     def is_serving(self) -> bool:

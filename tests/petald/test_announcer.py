@@ -49,6 +49,7 @@ SAID = Announcement(
         ({"free_cache_tokens": 0}, True),
         ({"state": ServerState.LEAVING}, True),
         ({"start": 1}, True),
+        ({"block_steps_per_s": 120.0}, True),
         ({"claim": Claim(start=0, end=2, made_at_ms=1)}, True),
         ({"adapters": ("a@0",)}, True),
         ({"addresses": ("/ip4/192.0.2.1/tcp/1",)}, True),

@@ -687,37 +687,76 @@ class TimedExecutor:
 
     def __init__(self) -> None:
         self.compute_s = 0.0
+        self.items = 1
 
     async def run_batched(self, *_: Any, **__: Any) -> Timed:
         await trio.lowlevel.checkpoint()
-        return Timed(None, 0.0, self.compute_s)
+        return Timed(None, 0.0, self.compute_s, self.items)
 
 
-async def test_the_announced_step_time_follows_the_decode_steps() -> None:
-    executor, arena = TimedExecutor(), FakeArena(CACHE_TOKENS)
+def serve_timed(network: MemoryNetwork, executor: TimedExecutor, *, share: float = 1.0) -> Serving:
+    """Four blocks, whose step was measured as 77 ms."""
     model = SimpleNamespace(hidden_size=4)
     stub: Any = SimpleNamespace(
         start=4, end=8, dtype=torch.float32, config=model, graphs_failure=""
     )
-    hosted = HostedSpan(stub, arena, executor)  # type: ignore[arg-type]
+    hosted = HostedSpan(stub, FakeArena(CACHE_TOKENS), executor)  # type: ignore[arg-type]
+    config = ServeConfig(model="fake")
+    return Serving(
+        identity=SimpleNamespace(fingerprint=MODEL),  # type: ignore[arg-type]
+        config=config,
+        loader=None,  # type: ignore[arg-type]
+        hosting=Hosting(
+            hosted=hosted,
+            passes=None,  # type: ignore[arg-type]
+            adapters=None,  # type: ignore[arg-type]
+            speed=BlockSpeed(step_s=0.077 / 4, token_s=0.001),
+            share=share,
+        ),
+        server=Server(network, hosted, fingerprint=MODEL, config=config),
+        pass_server=None,  # type: ignore[arg-type]
+        network=network,
+    )
+
+
+async def test_what_is_given_to_the_swarm_is_told_when_it_changed_for_good(
+    autojump_clock: Any,
+) -> None:
+    executor = TimedExecutor()
     cache: Any = SimpleNamespace(adapters=())
     async with open_memory_hub() as hub:
-        network = hub.make_network("server")
-        config = ServeConfig(model="fake")
-        serving = Serving(
-            identity=SimpleNamespace(fingerprint=MODEL),  # type: ignore[arg-type]
-            config=config,
-            loader=None,  # type: ignore[arg-type]
-            hosting=Hosting(
-                hosted=hosted,
-                passes=None,  # type: ignore[arg-type]
-                adapters=None,  # type: ignore[arg-type]
-                speed=BlockSpeed(step_s=0.077 / 4, token_s=0.001),
-            ),
-            server=Server(network, hosted, fingerprint=MODEL, config=config),
-            pass_server=None,  # type: ignore[arg-type]
-            network=network,
-        )
+        serving = serve_timed(hub.make_network("server"), executor, share=0.5)
+        hosted = serving.hosting.hosted
+        measured = pytest.approx(0.5 * 4 / 0.077, rel=0.01)
+
+        async def pass_minute(*compute_s: float, tokens: int = 1, items: int = 1) -> float:
+            executor.items = items
+            for executor.compute_s in compute_s:
+                await hosted.run_step(cache, torch.zeros(tokens, 4), position=0, start=4, end=8)
+            await trio.sleep(60)
+            serving.note_speed()
+            return serving.make_announcement().block_steps_per_s
+
+        assert await pass_minute() == measured
+        for _ in range(20):
+            assert await pass_minute(0.07, 0.077, 9.0) == measured  # one of them stalled
+            assert await pass_minute(0.5, items=8) == measured  # of eight sessions at once
+            assert await pass_minute(0.5, tokens=2) == measured
+        assert await pass_minute(0.15) == measured
+        told = [await pass_minute(0.2) for _ in range(60)]
+        assert told[-1] == pytest.approx(0.5 * 4 / 0.2, rel=0.07)
+        assert told[50:] == told[-1:] * 10
+        for _ in range(60):  # nothing to do
+            assert await pass_minute() == told[-1]
+        assert await pass_minute(0.05) == told[-1]  # one minute is not an hour
+
+
+async def test_the_announced_step_time_follows_the_decode_steps() -> None:
+    executor = TimedExecutor()
+    cache: Any = SimpleNamespace(adapters=())
+    async with open_memory_hub() as hub:
+        serving = serve_timed(hub.make_network("server"), executor)
+        hosted = serving.hosting.hosted
 
         async def run(compute_s: float, *, tokens: int = 1, end: int = 8, times: int = 1) -> float:
             executor.compute_s = compute_s

@@ -170,6 +170,18 @@ def test_what_was_not_measured_counts_as_typical_and_what_is_absurd_is_cut() -> 
     assert load.throughput_L == pytest.approx([2.0] * 6 + [200.0])
 
 
+def test_what_a_server_gives_is_what_it_says_and_not_its_last_step() -> None:
+    said = {
+        "told": replace(announcement(0, 4, speed=1.0), block_steps_per_s=8.0),
+        "not told": announcement(4, 8, speed=4.0),
+        "joiner": replace(
+            announcement(4, 8, speed=0.0, state="loading", claim=(4, 8, 1)), block_steps_per_s=2.0
+        ),
+    }
+    load = read_load(view_of(8, said))
+    assert load.throughput_L == pytest.approx([2.0] * 4 + [1.5] * 4)
+
+
 announced_ms = st.sampled_from([0.0, 5e-324, 1e-308, 1e-300, 1e-9, 1e-3, 1.0, 1e6]) | st.floats(
     0.0, 1e6
 )
@@ -179,11 +191,14 @@ announcements = st.tuples(spans, announced_ms, st.none() | spans, st.booleans())
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(announcements, max_size=6),
+    st.sampled_from([0.0, 5e-324, 1e-9, 1.0, 1e9]),
     st.sampled_from([1.0, 0.5, 1e-4]),
     st.sampled_from([0.0, 1e-9, 1.0, 1e9]),
     st.integers(1, 10),
 )
-def test_whatever_is_announced_what_is_decided_by_is_finite(said, share, speed, fit) -> None:
+def test_whatever_is_announced_what_is_decided_by_is_finite(
+    said, told: float, share, speed, fit
+) -> None:
     view = view_of(
         10,
         {
@@ -191,6 +206,7 @@ def test_whatever_is_announced_what_is_decided_by_is_finite(said, share, speed, 
                 announcement(start, end, claim=None if claim is None else (*claim[:2], 1)),
                 step_ms=step_ms,
                 state="serving" if is_serving else "loading",
+                block_steps_per_s=told if number % 2 else 0.0,
             )
             for number, ((start, end, _), step_ms, claim, is_serving) in enumerate(said)
         },

@@ -112,8 +112,9 @@ async def test_where_not_a_block_fits_it_is_said_so(
                 pass
 
 
+@pytest.mark.parametrize("blocks", ["1:3", "auto"])
 async def test_a_span_is_announced_as_claimed_while_it_is_loaded(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: str
 ) -> None:
     said: list[Announcement] = []
     publish = Announcer.publish
@@ -123,15 +124,19 @@ async def test_a_span_is_announced_as_claimed_while_it_is_loaded(
         return await publish(announcer)
 
     monkeypatch.setattr(Announcer, "publish", keep)
-    config = replace(CONFIG, model=str(folders["llama"]), blocks="1:3")
+    config = replace(CONFIG, model=str(folders["llama"]), blocks=blocks)
     async with open_memory_hub() as hub, start(hub, config, tmp_path):
         states = [one.state for one in said]
         assert states[0] == ServerState.LOADING
         assert states[-1] == ServerState.SERVING
         assert said[0].claim is not None
-        assert (said[0].claim.start, said[0].claim.end) == (1, 3)
+        if blocks == "auto":  # it was measured, so that it could choose
+            assert said[0].block_steps_per_s > 0
+        else:
+            assert (said[0].claim.start, said[0].claim.end) == (1, 3)
         assert said[-1].claim is None
         assert said[-1].step_ms > 0
+        assert said[-1].block_steps_per_s > 0
         assert said[-1].prefill_ms > 0
 
 
