@@ -183,7 +183,7 @@ def strike_all(args: argparse.Namespace, pool: Any) -> dict[int, list[object]]:
     print(f"\n{'servers':>8} {'n':>6} {'s until a gap is closed, and at worst':>40}")
     found: dict[int, list[object]] = {}
     for size in args.sizes:
-        if size > args.strike_size:
+        if size > args.strike_size or not args.strike_seeds:
             continue
         settings = [one for _, one in make_tasks(args, "petald") if one.servers == size]
         closed_s = pool.map(simulate_strike, settings[: args.strike_seeds])
