@@ -31,7 +31,7 @@ def run_pause(args: argparse.Namespace) -> int:
     else:
         print(f"paused until {format_end(for_s, now)}; to lend again before: petalctl resume")
     if not paused.left:
-        print("the memory of its blocks is yours now; they are loaded again when it lends again")
+        print("its blocks leave the memory as soon as nothing uses them, until it lends again")
     if paused.sessions:
         moved = paused.sessions - paused.left
         print(f"{moved} of {paused.sessions} sessions moved to other servers")
@@ -39,7 +39,7 @@ def run_pause(args: argparse.Namespace) -> int:
         print(
             f"{paused.left} did not: idle, or with nobody to go to. They are ended when the time "
             "to move is over, and their clients rebuild them where somebody can run them; then "
-            "the memory of its blocks is yours, too."
+            "the blocks leave the memory, too."
         )
     return 0
 

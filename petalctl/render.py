@@ -72,7 +72,11 @@ def _serving_facts(report: StatusReport) -> list[tuple[str, str]]:
         return []
     reason = [("", _pause(pause))] if pause else []
     if span is None:
-        why = "paused, no blocks in memory" if pause else "nothing yet; it loads its blocks"
+        why = (
+            "paused, no blocks in memory"
+            if pause
+            else "nothing now; it loads its blocks, or will try to again"
+        )
         return [("serves", why), *reason]
     return [
         ("serves", f"{span.model}, blocks {span.start}:{span.end}, {span.state}"),

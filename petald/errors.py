@@ -34,6 +34,12 @@ class UnknownModel(PetaldError):
     code = "unknown_model"
 
 
+class MoveGivenUp(PetaldError):
+    """A server is not to take other blocks after all."""
+
+    code = "move_given_up"
+
+
 class BadRequest(PetaldError):
     """A request contradicts itself or the protocol: correct it."""
 

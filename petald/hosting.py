@@ -18,7 +18,6 @@ from kernels.checkpoint import Checkpoint
 from kernels.errors import OutOfDeviceMemory
 from kernels.kv_cache import CacheArena
 from kernels.layer_loader import block_bytes
-from kernels.memory import give_back_free_memory
 from kernels.quant.formats import why_slow
 from kernels.span import Span, load_span
 from kernels.step_graphs import CudaRecorder
@@ -147,6 +146,16 @@ class SpanLoader:
             config, capacity_tokens=self._config.cache_tokens, dtype=self._dtype
         )
 
+    def check_here(self) -> None:
+        """Whether there is a block to serve.
+
+        Raises:
+            ConfigError: none is here.
+        """
+        name, num_blocks = self._identity.name, self._identity.config.num_blocks
+        if len(self._missing) == num_blocks:
+            raise ConfigError(f"no block of {name} is here; fetch some with petalctl model pull")
+
     async def find_speed(self) -> BlockSpeed:
         """How fast this device is with one block: as measured before, or else with one block now.
 
@@ -171,9 +180,7 @@ class SpanLoader:
             ConfigError: not one block fits, or is here.
             KernelError: a block cannot be loaded, to be measured.
         """
-        name, num_blocks = self._identity.name, self._identity.config.num_blocks
-        if len(self._missing) == num_blocks:
-            raise ConfigError(f"no block of {name} is here; fetch some with petalctl model pull")
+        self.check_here()
         fit = self._count_fitting(freed_bytes)
         speed = await self.find_speed()
         rate = self._executor.share / speed.step_s
@@ -265,11 +272,6 @@ class SpanLoader:
         def free() -> None:
             hosting.span.shed(start, end)
             hosting.hosted.arena.release()
-            # Else it is free to this process alone.
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-            else:
-                give_back_free_memory()
 
         await self._executor.run(free)
 

@@ -100,20 +100,27 @@ class Lender:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Decides until `end`; started once it is decided whether to begin with lending."""
-        with self._scope:
-            async with trio.open_nursery() as self._nursery:
-                self._lends.set()
-                self._follow(self._decide())
-                task_status.started()
-                sampled_at = trio.current_time()
-                while True:
-                    await self._wait(sampled_at)
-                    now = trio.current_time()
-                    if self._meter is not None and now >= sampled_at + self._lending.sample_s:
-                        load = await self._meter.read()
-                        self._lending.on_sample(load, now - sampled_at)
-                        sampled_at = now
+        try:
+            with self._scope:
+                async with trio.open_nursery() as self._nursery:
+                    self._lends.set()
                     self._follow(self._decide())
+                    task_status.started()
+                    await self._keep_deciding()
+        finally:
+            self.end()
+
+    async def _keep_deciding(self) -> None:
+        sampled_at = trio.current_time()
+        while True:
+            await self._wait(sampled_at)
+            now = trio.current_time()
+            if self._meter is not None and now >= sampled_at + self._lending.sample_s:
+                load = await self._meter.read()
+                # A GPU that is busy with what is loaded may look like one that others use.
+                self._lending.on_sample(None if self._loading else load, now - sampled_at)
+                sampled_at = now
+            self._follow(self._decide())
 
     def end(self) -> None:
         """Leaves the server to whoever stops the daemon."""
@@ -270,10 +277,13 @@ class Lender:
             with trio.move_on_at(ends_at):
                 while serving.is_in_use:  # noqa: ASYNC110  # several tasks end, each by itself
                     await trio.sleep(LOOK_S)
+            if leaving.scope.cancel_called:  # not all that was awaited tells of it
+                return
             log.info("sessions ended", sessions=serving.end_all())
             if self.decision.why is Why.LOAD:
                 await trio.sleep(self._config.free_after_s)
-            self._to_free.set()
+            if not leaving.scope.cancel_called:
+                self._to_free.set()
 
 
 def load_pause(path: Path, now: float) -> Pause | None:

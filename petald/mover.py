@@ -19,7 +19,7 @@ from p2p.errors import P2PError
 from p2p.network import Network
 from petald.announcer import Announcer
 from petald.block_load import BlockLoad, Capacity, confirm_gaps, read_load, wants_whole
-from petald.errors import PetaldError
+from petald.errors import MoveGivenUp, PetaldError
 from petald.hosting import Hosting
 from petald.log import get_logger
 from petald.move_actions import (
@@ -117,8 +117,9 @@ class Mover:
         return self._planner.claim is not None
 
     async def settle(self) -> None:
-        """Returns when no move is under way; while the server is draining, none begins."""
+        """Ends what move there is, for a server that is draining and about to end."""
         self._wake.set()
+        self._serving.give_up_move()
         while self.is_moving:  # noqa: ASYNC110  # it ends in many places
             await trio.sleep(SETTLE_LOOK_S)
 
@@ -190,7 +191,7 @@ class Mover:
         prepared, self._prepared = self._prepared, None
         try:
             await self._serving.move(action.start, action.end, prepared, on_changed=self._announce)
-        except KernelError as error:
+        except (KernelError, MoveGivenUp) as error:
             await self._fail(str(error))
         else:
             self._planner.on_moved(action.start, action.end, trio.current_time())

@@ -14,7 +14,7 @@ from kernels.errors import KernelError
 from p2p.network import Network
 from petald.config import ServeConfig
 from petald.devices import dtype_name
-from petald.errors import forget_frames
+from petald.errors import MoveGivenUp, forget_frames
 from petald.hosting import Hosting, SpanLoader
 from petald.local_model import ModelIdentity
 from petald.log import get_logger
@@ -85,6 +85,7 @@ class Serving:
         self._network = network
         self._adapter_names = adapter_names
         self._is_between = False
+        self._loading = trio.CancelScope()
         self._rate = SteadyRate(hosting.share / hosting.speed.step_s)
         self._noted_at = trio.current_time()
 
@@ -114,7 +115,7 @@ class Serving:
     @property
     def state(self) -> ServerState:
         """What is announced."""
-        if self._is_between:
+        if self._is_between and not self.server.is_draining:
             return ServerState.LOADING
         return ServerState.SERVING if self.server.is_accepting else ServerState.LEAVING
 
@@ -173,8 +174,8 @@ class Serving:
         """Lets sessions and passes move, ends those that have not, and frees blocks and cache."""
         self.server.pause()
         await self._end_everything(deadline_s)
-        await self._loader.shed(self.hosting, 0, 0)
         self.hosting.adapters.clear()
+        await self._loader.shed(self.hosting, 0, 0)
 
     async def _end_everything(self, deadline_s: float) -> None:
         """Nothing runs on the span after this."""
@@ -222,6 +223,7 @@ class Serving:
         Raises:
             KernelError: the blocks cannot be loaded; the old ones are served on, unless they were
                 given up before and cannot be loaded again either: then nothing is.
+            MoveGivenUp: by `give_up_move`.
         """
         hosting = prepared
         if hosting is None:
@@ -243,6 +245,13 @@ class Serving:
         )
         notify_status(self.description)
 
+    def give_up_move(self) -> None:
+        """Ends what is being loaded in place of blocks that were given up: nothing is served then.
+
+        For a server that is about to end.
+        """
+        self._loading.cancel()
+
     async def _load_in_place(
         self, start: int, end: int, on_changed: Callable[[], Awaitable[None]], deadline_s: float
     ) -> Hosting:
@@ -251,6 +260,7 @@ class Serving:
         No sessions are taken until the server moves to what this returns. Should neither these
         blocks be loaded nor the old ones again, none are any more.
         """
+        self._loading = trio.CancelScope()
         old = self.hosting
         before = old.span.start, old.span.end
         is_shed = False
@@ -262,7 +272,9 @@ class Serving:
             is_shed = True
             await self._loader.shed(old, start, end)
             try:
-                return await self._loader.load(start, end, beside=old.span)
+                with self._loading:
+                    return await self._loader.load(start, end, beside=old.span)
+                raise MoveGivenUp("nothing is to be served now")
             except KernelError as error:
                 forget_frames(error)  # they hold what was loaded, and there may be no room for both
                 self.hosting = again = await self._loader.load(*before, beside=old.span)

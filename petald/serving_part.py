@@ -23,7 +23,7 @@ from p2p.errors import P2PError
 from p2p.network import Network
 from petald.announcer import Announcer
 from petald.config import LendConfig, ServeConfig
-from petald.devices import parse_device
+from petald.devices import give_memory_back, parse_device
 from petald.errors import ConfigError, PetaldError, forget_frames
 from petald.executor import Executor
 from petald.joining import Joining
@@ -41,6 +41,7 @@ from petald.start_serving import (
     Candidate,
     Started,
     check_can_serve,
+    choose_one,
     load_serving,
     read_candidates,
 )
@@ -157,6 +158,7 @@ class ServingPart:
         self._has_started = False
         self._is_stopping = False
         self._model = ""
+        self._fall_back = ""
         self._broken_until: dict[str, float] = {}
         self._nursery: trio.Nursery
         self.lender = Lender(lend, meter=self._open_meter(lend), state_dir=state_dir)
@@ -176,23 +178,23 @@ class ServingPart:
         async with trio.open_nursery() as self._nursery:
             await self._nursery.start(self.lender.run)
             model = ""
-            if not self.lender.decision.lends:
-                await check_can_serve(self._config)
-                self._has_started = True
-                task_status.started()
             while True:
-                await self.lender.wait_lends()
-                config = self._config
-                if model:
-                    config = replace(config, model=model, models=())
-                tenure = await self._start(config, self._nursery)
-                is_ready = tenure is not None or not self.lender.decision.lends
-                if is_ready and not self._has_started:
+                if not self.lender.decision.lends:
+                    if not self._has_started:
+                        await check_can_serve(self._config, self._executor, self._speeds)
+                        self._has_started = True
+                        task_status.started()
+                    # Nobody knows what is needed when it comes back.
+                    await self._give_up_change()
+                    model = ""
+                    await self.lender.wait_lends()
+                tenure = await self._start(self._config_for(model), self._nursery)
+                if tenure is None:  # and so nothing is served now
+                    model = self._fall_back
+                    continue
+                if not self._has_started:
                     self._has_started = True
                     task_status.started()
-                if tenure is None:  # and so nothing is served now
-                    model = self._model if self.lender.decision.lends else ""
-                    continue
                 model = await self._serve(tenure)
                 del tenure
 
@@ -200,8 +202,7 @@ class ServingPart:
         """Leaves the swarm: refuses sessions, says so, and waits for those there are to move."""
         self._is_stopping = True
         self.lender.end()
-        if self._change is not None:
-            await self._change.give_up()
+        await self._give_up_change()
         if self._tenure is None:
             return
         serving = self._tenure.started.serving
@@ -213,8 +214,18 @@ class ServingPart:
         """Loads one model, and serves it; none where that failed, or the owner wants the device."""
         tenure_nursery, ended = await nursery.start(_hold_nursery)
         started: Started | None = None
+        failure: Exception | None = None
+        self._fall_back = ""
         try:
             with self.lender.while_lending():
+                config = await choose_one(
+                    config,
+                    peer=self._network.peer,
+                    router=self._router,
+                    executor=self._executor,
+                    speeds=self._speeds,
+                    rng=self._rng,
+                )
                 started = await load_serving(
                     config,
                     network=self._network,
@@ -226,18 +237,19 @@ class ServingPart:
                     rng=self._rng,
                     nursery=tenure_nursery,
                 )
-        except (ConfigError, KernelError, P2PError) as error:
-            tenure_nursery.cancel_scope.cancel()
-            await ended.wait()
-            if not self._has_started:
-                raise
-            forget_frames(error)  # they hold what was loaded
-            await self._note_failure(config.model, error)
-            return None
+        except (KernelError, P2PError, PetaldError) as error:
+            failure = error
         if started is None:
             tenure_nursery.cancel_scope.cancel()
             await ended.wait()
-            self._change = None
+            if failure is not None and not self._has_started:
+                raise failure
+            forget_frames(failure)  # they hold what was loaded
+            await self._give_memory_back()
+            if failure is None:
+                await self._give_up_change()
+            else:
+                await self._note_failure(config.model, failure)
             return None
         self.lender.attach(started.serving, started.announcer)
         self._tenure = tenure = _Tenure(started, tenure_nursery, ended)
@@ -251,16 +263,19 @@ class ServingPart:
         return tenure
 
     async def _note_failure(self, model: str, error: Exception) -> None:
-        """A model could not be loaded: it is not tried again soon, or waited for if it is left."""
-        if self._change is None:
-            log.error("nothing is served", model=model, reason=str(error))
-            await trio.sleep(RETRY_S)
+        """A model could not be loaded: where there are others, it is not tried again soon."""
+        if isinstance(error, KernelError | ConfigError):
+            is_for_good = isinstance(error, CorruptCheckpoint | UnsupportedModel)
+            now = trio.current_time()
+            self._broken_until[model] = math.inf if is_for_good else now + BROKEN_S
+        if self._change is not None:
+            log.warning("model not changed", model=model, reason=str(error))
+            await self._give_up_change()
+            self._fall_back = self._model
             return
-        change, self._change = self._change, None
-        await change.give_up()
-        log.warning("model not changed", model=model, reason=str(error))
-        is_for_good = isinstance(error, CorruptCheckpoint | UnsupportedModel)
-        self._broken_until[model] = math.inf if is_for_good else trio.current_time() + BROKEN_S
+        log.error("nothing is served", model=model, reason=str(error))
+        if model not in self._broken_until or not self._unbroken:
+            await trio.sleep(RETRY_S)
 
     async def _serve(self, tenure: _Tenure) -> str:
         """Serves one model until it is left; gives the next one, or "" for the configured ones."""
@@ -272,6 +287,7 @@ class ServingPart:
         self._tenure = None
         tenure.nursery.cancel_scope.cancel()
         await tenure.ended.wait()
+        await self._give_memory_back()
         if model:
             log.info("changing the model", model=model)
             assert self._change is not None
@@ -293,12 +309,35 @@ class ServingPart:
             model = await self._wait_for_change(tenure)
             nursery.cancel_scope.cancel()
         if not model:
-            if self._change is not None:
-                change, self._change = self._change, None
-                await change.give_up()
+            await self._give_up_change()
             if tenure.started.mover is not None:
                 await tenure.started.mover.settle()
         return model
+
+    async def _give_up_change(self) -> None:
+        """Whoever is told of a claim on another model is told that it is off."""
+        if self._change is not None:
+            await self._change.give_up()
+            self._change = None
+
+    async def _give_memory_back(self) -> None:
+        """To the system, whatever was loaded, once nothing holds on to it."""
+        device = parse_device(self._config.device)
+        await self._executor.run(give_memory_back, device)
+
+    def _config_for(self, model: str) -> ServeConfig:
+        """For one model, or else for all that are worth a try."""
+        if model:
+            return replace(self._config, model=model, models=())
+        return replace(self._config, models=self._unbroken or self._config.models)
+
+    @property
+    def _unbroken(self) -> tuple[str, ...]:
+        """Of several models, those that did not fail to load lately."""
+        now = trio.current_time()
+        return tuple(
+            name for name in self._config.models if self._broken_until.get(name, 0.0) <= now
+        )
 
     def _open_meter(self, lend: LendConfig) -> Meter | None:
         if lend.max_load >= NEVER:
@@ -375,8 +414,7 @@ class ServingPart:
         if is_told and await self._is_still_better(tenure, choice, candidate, claim):
             return True
         log.info("the model is kept", model=tenure.started.serving.identity.name)
-        change, self._change = self._change, None
-        await change.give_up()
+        await self._give_up_change()
         if self.lender.decision.lends and not self._is_stopping:
             server.accept_again()
             await tenure.started.announcer.publish()
@@ -418,13 +456,9 @@ class ServingPart:
         return await self._router.ping_all(alone) == alone
 
     async def _read_candidates(self, tenure: _Tenure) -> dict[str, Candidate]:
-        now = trio.current_time()
-        models = tuple(
-            name for name in self._config.models if self._broken_until.get(name, 0.0) <= now
-        )
         try:
             return await read_candidates(
-                replace(self._config, models=models),
+                replace(self._config, models=self._unbroken),
                 peer=self._network.peer,
                 router=self._router,
                 executor=self._executor,

@@ -20,6 +20,9 @@ from kernels.model_config import ModelConfig
 from petald.throughput import BlockSpeed
 
 FILE_NAME = "speeds.json"
+
+LEAST_S = 1e-9
+"""Nothing is so quick; what says so was not measured."""
 MAX_FILE_BYTES = 1 << 20
 MAX_ENTRIES = 256
 
@@ -59,7 +62,9 @@ class SpeedCache:
         if not isinstance(entry, dict):
             return None
         values = [entry.get(name) for name in ("step_s", "token_s")]
-        speeds = [value for value in values if isinstance(value, float) and 0 < value < math.inf]
+        speeds = [
+            value for value in values if isinstance(value, float) and LEAST_S < value < math.inf
+        ]
         if len(speeds) < len(values):
             return None
         return BlockSpeed(step_s=speeds[0], token_s=speeds[1])

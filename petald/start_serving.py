@@ -58,7 +58,8 @@ class Started:
         if self.mover is not None:
             nursery.start_soon(self.mover.run)
         await self.announcer.publish()
-        notify_status(self.serving.description)
+        if self.serving.server.is_accepting:
+            notify_status(self.serving.description)
 
 
 async def load_serving(
@@ -95,13 +96,9 @@ async def load_serving(
 
     Cancellation: loading ends after the block that is being read.
     """
-    if config.models:
-        found = await read_candidates(
-            config, peer=network.peer, router=router, executor=executor, speeds=speeds
-        )
-        offers = {name: candidate.offer for name, candidate in found.items()}
-        config = replace(config, model=choose_model(offers, rng=rng), models=())
-        log.info("model chosen", model=config.model, of=",".join(offers))
+    config = await choose_one(
+        config, peer=network.peer, router=router, executor=executor, speeds=speeds, rng=rng
+    )
     identity = await trio.to_thread.run_sync(identify_model, config.model)
     own = await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
     loader = SpanLoader(config, identity, executor, adapters=own, speeds=speeds)
@@ -142,8 +139,46 @@ async def load_serving(
     return Started(serving=serving, announcer=announcer, mover=mover)
 
 
-async def check_can_serve(config: ServeConfig) -> None:
+async def choose_one(
+    config: ServeConfig,
+    *,
+    peer: str,
+    router: Router,
+    executor: Executor,
+    speeds: SpeedCache,
+    rng: random.Random,
+) -> ServeConfig:
+    """The configuration with one model: that of several which most needs this server.
+
+    Args:
+        config: names one, or several.
+        peer: this server.
+        router: reads views.
+        executor: the device's thread.
+        speeds: that were measured before.
+        rng: of choices among equals.
+
+    Raises:
+        ConfigError, KernelError, P2PError, PetaldError: see `read_candidates`.
+    """
+    if not config.models:
+        return config
+    found = await read_candidates(
+        config, peer=peer, router=router, executor=executor, speeds=speeds
+    )
+    offers = {name: candidate.offer for name, candidate in found.items()}
+    model = choose_model(offers, rng=rng)
+    log.info("model chosen", model=model, of=",".join(offers))
+    return replace(config, model=model, models=())
+
+
+async def check_can_serve(config: ServeConfig, executor: Executor, speeds: SpeedCache) -> None:
     """Looks at what is configured as far as that takes no weights: for a start that is put off.
+
+    Args:
+        config: names the models, and says how one would be served.
+        executor: the device's thread.
+        speeds: that were measured before.
 
     Raises:
         ConfigError, KernelError: nothing of it can be served; see `load_serving`.
@@ -153,6 +188,7 @@ async def check_can_serve(config: ServeConfig) -> None:
         try:
             identity = await trio.to_thread.run_sync(identify_model, name)
             await trio.to_thread.run_sync(read_adapters, config.adapters, identity.config)
+            SpanLoader(config, identity, executor, speeds=speeds).check_here()
             if config.blocks != ANY_BLOCKS:
                 _configured_span(config, identity)
         except (ConfigError, KernelError) as error:

@@ -49,6 +49,9 @@ LEAST_BLOCK_MS = 1e-3
 """Of what a server says that a block takes: to start one of its kernels takes longer. What it says
 is not checked otherwise, and a rate made of next to nothing would be infinite."""
 
+LEAST_RATE = 1e-3
+"""Of what a server says that it gives, in block-steps a second, for the like reason."""
+
 Milliseconds = Annotated[float, Bound(0, 1e6)]
 AdapterName = Annotated[str, Bound(1, 96)]
 Floats = npt.NDArray[np.float64]
@@ -192,7 +195,7 @@ class Server:
         most = 1e3 / LEAST_BLOCK_MS
         told = self.announcement.block_steps_per_s
         if told > 0:
-            return min(told, most)
+            return min(max(told, LEAST_RATE), most)
         return 1e3 * (self.end - self.start) / self.step_ms if self.step_ms > 0 else 0.0
 
     @property

@@ -444,7 +444,7 @@ def test_a_daemon_that_does_not_serve_says_so(run: Run, command: str) -> None:
     [
         (True, OWNERS, "tiny, blocks 0:2, paused\n"),
         (False, OWNERS, "paused, no blocks in memory\n"),
-        (False, None, "nothing yet; it loads its blocks\n"),
+        (False, None, "nothing now; it loads its blocks, or will try to again\n"),
     ],
 )
 def test_status_says_why_a_server_serves_nobody(

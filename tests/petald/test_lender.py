@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -377,6 +378,88 @@ async def test_loading_ends_with_a_pause_and_waits_for_its_end(
         assert (await lender.resume(Resume(job=2))).is_loading
         with trio.fail_after(5):
             await lender.wait_lends()
+
+
+class EmptyServing:
+    """A server without sessions, whose drain ends without a point at which to be cancelled."""
+
+    description = ""
+
+    def __init__(self) -> None:
+        self.server = SimpleNamespace(
+            sessions=0, stop_accepting=lambda: None, accept_again=lambda: None
+        )
+        self.is_in_use = False
+        self.ended = 0
+
+    async def drain(self, *, deadline_s: float) -> None:
+        async with trio.open_nursery():
+            await trio.lowlevel.checkpoint()
+
+    def end_all(self) -> int:
+        self.ended += 1
+        return 0
+
+
+class QuietAnnouncer:
+    async def withdraw(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def announce_soon(self) -> None:
+        """Nobody listens."""
+
+
+async def test_whoever_is_told_that_sessions_are_taken_again_keeps_the_server(
+    tmp_path: Path,
+) -> None:
+    kept = 0
+    for steps in [*range(12)] * 20:  # tasks that are ready run in a random order
+        lender = Lender(LendConfig(), meter=None, state_dir=tmp_path)
+        serving: Any = EmptyServing()
+        announcer: Any = QuietAnnouncer()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(lender.run)
+            lender.attach(serving, announcer)
+            nursery.start_soon(lender.pause, Pause(job=1))
+            while lender.decision.lends:
+                await trio.lowlevel.checkpoint()
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            resumed = await lender.resume(Resume(job=2))
+            for _ in range(10):
+                await trio.lowlevel.checkpoint()
+            assert lender._to_free.is_set() is resumed.is_loading
+            kept += not resumed.is_loading
+            assert serving.ended == resumed.is_loading
+            nursery.cancel_scope.cancel()
+    assert 0 < kept < 240
+
+
+async def test_a_server_that_comes_into_a_pause_makes_way(tmp_path: Path) -> None:
+    lender = Lender(LendConfig(), meter=None, state_dir=tmp_path)
+    serving: Any = EmptyServing()
+    announcer: Any = QuietAnnouncer()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lender.run)
+        await lender.pause(Pause(job=1))
+        lender.attach(serving, announcer)
+        with trio.fail_after(5):
+            await lender.wait_to_free()
+        nursery.cancel_scope.cancel()
+    with pytest.raises(BadRequest, match="stopping"):
+        await lender.pause(Pause(job=2))
+
+
+async def test_what_is_loaded_is_not_taken_for_the_owners_use(tmp_path: Path) -> None:
+    config = LendConfig(busy_s=1.0, idle_s=1.0)
+    lender = Lender(config, meter=Load(1.0), state_dir=tmp_path)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lender.run)
+        with lender.while_lending() as scope:
+            await trio.sleep(2.0)
+        assert not scope.cancelled_caught
+        await wait_until(lambda: lender.decision.why is Why.LOAD)
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"until": "soon"}', "{}", "\0"])

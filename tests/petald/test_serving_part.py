@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import random
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
+import petald.devices
+import petald.hosting
 import petald.serving_part
+from kernels.block import DecoderBlock
 from kernels.errors import CorruptCheckpoint, OutOfDeviceMemory
 from kernels.model_store import UnknownModel
+from kernels.span import Span
 from p2p.directory import Directory
 from p2p.memory_network import MemoryHub, open_memory_hub
 from p2p.wire.control_messages import Pause, Resume
@@ -24,7 +30,10 @@ from petald.hosting import Hosting, SpanLoader
 from petald.local_model import ModelIdentity, identify_model
 from petald.message_codecs import MessageCodecs
 from petald.model_choice import ChoiceSettings
+from petald.move_actions import FinishMove
+from petald.move_planner import MoveState
 from petald.router import Router
+from petald.serving import Serving
 from petald.serving_part import ServingPart
 from petald.speed_cache import SpeedCache
 from petald.swarm import Announcement, ServerState, directory_key
@@ -69,14 +78,14 @@ class Other:
 
 @asynccontextmanager
 async def serve(
-    hub: MemoryHub, folders: dict[str, Path], state_dir: Path
+    hub: MemoryHub, folders: dict[str, Path], state_dir: Path, *, share: float = 1.0
 ) -> AsyncIterator[tuple[ServingPart, Router]]:
     network = hub.make_network()
     directory = Directory(network)
     router = Router(network, directory, RouteConfig())
     models = tuple(map(str, folders.values()))
     config = ServeConfig(models=models, cache_tokens=256, memory_bytes=1 << 30)
-    async with open_executor(name="cpu") as executor, trio.open_nursery() as nursery:
+    async with open_executor(name="cpu", share=share) as executor, trio.open_nursery() as nursery:
         part = ServingPart(
             config,
             LendConfig(max_load=1.0),
@@ -294,6 +303,160 @@ async def test_a_start_within_a_pause_loads_nothing_but_says_what_is_wrong(
             await part.lender.resume(Resume(job=1))
             await until(serves(part, folders["llama"]))
             assert failures[0] == 0
+
+
+async def test_a_pause_while_blocks_are_read_frees_those(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = {"llama": folders["llama"]}
+    load_span = petald.hosting.load_span
+    reached, go_on = threading.Event(), threading.Event()
+    blocks: list[weakref.ref[DecoderBlock]] = []
+    given_back: list[int] = []
+
+    def make_block(*args: Any, **keywords: Any) -> DecoderBlock:
+        block = DecoderBlock(*args, **keywords)
+        blocks.append(weakref.ref(block))
+        return block
+
+    def load_slowly(*args: Any, on_block: Callable[[int], None], **keywords: Any) -> Span:
+        def wait(number: int) -> None:
+            reached.set()
+            assert go_on.wait(10)
+            on_block(number)
+
+        return load_span(*args, on_block=wait, **keywords)
+
+    async with open_memory_hub() as hub, serve(hub, only, tmp_path) as (part, _):
+        await part.lender.pause(Pause(job=1))
+        await until(lambda: part.serving is None)
+        monkeypatch.setattr("kernels.span.DecoderBlock", make_block)
+        monkeypatch.setattr(petald.hosting, "load_span", load_slowly)
+        monkeypatch.setattr(
+            petald.devices,
+            "give_back_free_memory",
+            lambda: given_back.append(sum(block() is not None for block in blocks)),
+        )
+        await part.lender.resume(Resume(job=2))
+        await trio.to_thread.run_sync(reached.wait)
+        await part.lender.pause(Pause(job=3))
+        go_on.set()
+        await until(lambda: bool(given_back))
+        assert blocks
+        assert given_back == [0]
+
+
+async def test_a_pause_ends_a_move_in_place(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = {"llama": folders["llama"]}
+    load, begun = SpanLoader.load, trio.Event()
+
+    async def load_for_ever(*_: object, **__: object) -> Hosting:
+        begun.set()
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with open_memory_hub() as hub, serve(hub, only, tmp_path) as (part, router):
+        assert part._tenure is not None
+        mover = part._tenure.started.mover
+        assert mover is not None
+        monkeypatch.setattr(SpanLoader, "load", load_for_ever)
+        monkeypatch.setattr(mover._planner, "_state", MoveState.SWITCHING)
+        monkeypatch.setattr(mover._planner, "_target", (0, 1))
+        actions = [FinishMove(0, 1)]
+        monkeypatch.setattr(
+            mover._planner, "on_load", lambda *_: [actions.pop()] if actions else []
+        )
+        mover._wake.set()
+        with trio.fail_after(10):
+            await begun.wait()
+        await part.lender.pause(Pause(job=1))
+        states = await states_of(router, only["llama"], part._network.peer)
+        assert states == [ServerState.LEAVING]
+        await until(lambda: part.serving is None)
+        monkeypatch.setattr(SpanLoader, "load", load)
+        await part.lender.resume(Resume(job=2))
+        await until(serves(part, only["llama"]))
+
+
+async def test_of_several_models_one_that_is_broken_is_left_out_after_a_pause_too(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pause.json").write_text('{"until": null}')
+    load_serving, tried = petald.serving_part.load_serving, []
+
+    async def load(config: ServeConfig, **parts: object) -> object:
+        tried.append(config.model)
+        if config.model == str(folders["llama"]):
+            raise CorruptCheckpoint("a file is missing")
+        return await load_serving(config, **parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(petald.serving_part, "load_serving", load)
+    async with open_memory_hub() as hub:
+        await Other(hub, folders["qwen2"]).say()  # llama is needed more
+        async with serve(hub, folders, tmp_path) as (part, _):
+            for _ in range(2):
+                await part.lender.resume(Resume(job=1))
+                await until(serves(part, folders["qwen2"]))
+                await part.lender.pause(Pause(job=2))
+                await until(lambda: part.serving is None)
+            assert tried == [str(folders[name]) for name in ("llama", "qwen2", "qwen2")]
+
+
+async def test_a_pause_in_the_midst_of_a_change_takes_its_claim_back(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end, ending, go_on = Serving.end, trio.Event(), trio.Event()
+
+    async def end_slowly(serving: Serving, *, deadline_s: float) -> None:
+        ending.set()
+        await go_on.wait()
+        await end(serving, deadline_s=deadline_s)
+
+    monkeypatch.setattr(Serving, "end", end_slowly)
+    async with open_memory_hub() as hub:
+        kept, taker = Other(hub, folders["llama"]), Other(hub, folders["qwen2"])
+        await kept.say()
+        async with serve(hub, folders, tmp_path) as (part, router):
+            own = part._network.peer
+            await taker.say()
+            await kept.say(ServerState.LEAVING)
+            with trio.fail_after(20):
+                await ending.wait()
+            await part.lender.pause(Pause(job=1))
+            go_on.set()
+            await until(lambda: part.serving is None and part._change is None)
+            assert await states_of(router, folders["llama"], own) == [ServerState.LEAVING]
+            # Much later something else is needed.
+            await kept.say()
+            await taker.say(ServerState.LEAVING)
+            await part.lender.resume(Resume(job=2))
+            await until(lambda: part.serving is not None)
+            assert serves(part, folders["qwen2"])()
+
+
+async def test_what_a_server_gives_is_measured_while_it_serves(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(petald.serving_part, "MEASURE_PERIOD_S", 0.1)
+    monkeypatch.setattr(petald.serving_part, "FIRST_MEASURE_S", 0.1)
+    monkeypatch.setattr("petald.hosted_span.HostedSpan.take_lone_block_s", lambda _: 123.0)
+    only = {"llama": folders["llama"]}
+    async with open_memory_hub() as hub, serve(hub, only, tmp_path, share=0.5) as (part, _):
+        assert part.serving is not None
+        assert part._tenure is not None
+        hosting = part.serving.hosting
+        first = part.serving._rate._short.value
+        assert first == pytest.approx(0.5 / hosting.speed.step_s)
+        await until(lambda: part.serving is not None and part.serving._rate._short.value < first)
+        monkeypatch.setattr(part.serving._rate, "value", 42.0)
+        mover = part._tenure.started.mover
+        assert mover is not None
+        assert mover._capacity.block_steps_per_s == pytest.approx(0.5 / hosting.speed.step_s, rel=9)
+        mover._wake.set()
+        await until(lambda: mover._planner._capacity.block_steps_per_s == 42.0)
+        assert part.serving.make_announcement().block_steps_per_s == 42.0
 
 
 async def test_a_gap_that_others_filled_meanwhile_is_left_to_them(

@@ -182,6 +182,16 @@ def test_what_a_server_gives_is_what_it_says_and_not_its_last_step() -> None:
     assert load.throughput_L == pytest.approx([2.0] * 4 + [1.5] * 4)
 
 
+@pytest.mark.parametrize("told", [5e-324, 1e-300, 1e9])
+def test_what_nobody_can_give_ends_no_decision_on_a_large_model(told: float) -> None:
+    said = {
+        str(number): replace(announcement(number, 250), block_steps_per_s=told)
+        for number in range(3)
+    }
+    start, end = choose_span(read_load(view_of(250, said)), Capacity(fit=250), rng=random.Random(0))
+    assert 0 <= start < end <= 250
+
+
 announced_ms = st.sampled_from([0.0, 5e-324, 1e-308, 1e-300, 1e-9, 1e-3, 1.0, 1e6]) | st.floats(
     0.0, 1e6
 )
