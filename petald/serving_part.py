@@ -264,7 +264,8 @@ class ServingPart:
 
     async def _note_failure(self, model: str, error: Exception) -> None:
         """A model could not be loaded: where there are others, it is not tried again soon."""
-        if isinstance(error, KernelError | ConfigError):
+        is_broken = bool(model) and isinstance(error, KernelError | ConfigError)
+        if is_broken:
             is_for_good = isinstance(error, CorruptCheckpoint | UnsupportedModel)
             now = trio.current_time()
             self._broken_until[model] = math.inf if is_for_good else now + BROKEN_S
@@ -274,7 +275,7 @@ class ServingPart:
             self._fall_back = self._model
             return
         log.error("nothing is served", model=model, reason=str(error))
-        if model not in self._broken_until or not self._unbroken:
+        if not (is_broken and self._unbroken):
             await trio.sleep(RETRY_S)
 
     async def _serve(self, tenure: _Tenure) -> str:

@@ -25,6 +25,7 @@ from p2p.directory import Directory
 from p2p.memory_network import MemoryHub, open_memory_hub
 from p2p.wire.control_messages import Pause, Resume
 from petald.config import LendConfig, RouteConfig, ServeConfig
+from petald.errors import ConfigError
 from petald.executor import open_executor
 from petald.hosting import Hosting, SpanLoader
 from petald.local_model import ModelIdentity, identify_model
@@ -402,6 +403,27 @@ async def test_of_several_models_one_that_is_broken_is_left_out_after_a_pause_to
                 await part.lender.pause(Pause(job=2))
                 await until(lambda: part.serving is None)
             assert tried == [str(folders[name]) for name in ("llama", "qwen2", "qwen2")]
+
+
+async def test_where_no_model_can_be_chosen_it_is_not_tried_all_the_time(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pause.json").write_text('{"until": null}')
+    choose_one, tried = petald.serving_part.choose_one, []
+
+    async def choose(config: ServeConfig, **parts: Any) -> ServeConfig:
+        tried.append(trio.current_time())
+        if len(tried) < 4:
+            raise ConfigError("no block fits")
+        return await choose_one(config, **parts)
+
+    monkeypatch.setattr(petald.serving_part, "choose_one", choose)
+    monkeypatch.setattr(petald.serving_part, "RETRY_S", 0.3)
+    async with open_memory_hub() as hub, serve(hub, folders, tmp_path) as (part, _):
+        await part.lender.resume(Resume(job=1))
+        await until(lambda: part.serving is not None)
+        assert len(tried) == 4
+        assert tried[3] - tried[0] >= 0.9
 
 
 async def test_a_pause_in_the_midst_of_a_change_takes_its_claim_back(
