@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -234,6 +235,24 @@ class SpanLoader:
 
         Cancellation: loading ends after the block that is being read.
         """
+        with self._memory_guard(start, end):
+            return await self._load(start, end, beside)
+
+    @contextmanager
+    def _memory_guard(self, start: int, end: int) -> Iterator[None]:
+        """Says so where the device has no memory left, wherever that is noticed."""
+        try:
+            yield
+        except RuntimeError as error:  # on the CPU it has no class of its own
+            told = str(error)
+            is_short = isinstance(error, torch.OutOfMemoryError)
+            if not is_short and "allocate memory" not in told and "ALLOC_FAILED" not in told:
+                raise
+            raise OutOfDeviceMemory(
+                f"{self._device} has no memory for blocks {start}:{end}"
+            ) from error
+
+    async def _load(self, start: int, end: int, beside: Span | None) -> Hosting:
         name = self._identity.name
         started_at = time.perf_counter()
         notify_status(f"loading blocks {start}:{end} of {name}")

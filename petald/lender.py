@@ -90,6 +90,7 @@ class Lender:
         self._loading: set[trio.CancelScope] = set()
         self._changed = trio.Event()
         self._lends = trio.Event()
+        self._yields = trio.Event()
         self._to_free = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._serving: Serving | None = None
@@ -159,6 +160,10 @@ class Lender:
         """Until something is to be lent."""
         await self._lends.wait()
 
+    async def wait_yields(self) -> None:
+        """Until nothing is."""
+        await self._yields.wait()
+
     async def wait_to_free(self) -> None:
         """Until the memory of the server that is attached is the owner's."""
         await self._to_free.wait()
@@ -203,7 +208,8 @@ class Lender:
     @property
     def _is_lost(self) -> bool:
         """Whether there is no server, or none any more in a moment."""
-        return self._serving is None or self._to_free.is_set()
+        serving = self._serving
+        return serving is None or serving.server.is_leaving_for_good or self._to_free.is_set()
 
     def _decide(self) -> Decision:
         return self._lending.decide(datetime.fromtimestamp(self._wall_clock(), UTC).astimezone())
@@ -225,6 +231,7 @@ class Lender:
             return
         if decision.lends:
             self._lends.set()
+            self._yields = trio.Event()
             self._leaving.scope.cancel()
             self.times_returned += 1
             log.info("lending again")
@@ -237,6 +244,7 @@ class Lender:
         notify_status(f"paused: {decision.text}")
         if before.lends:
             self._lends = trio.Event()
+            self._yields.set()
             self.times_left += 1
             for scope in self._loading:
                 scope.cancel()

@@ -119,8 +119,8 @@ class Mover:
     async def settle(self) -> None:
         """Ends what move there is, for a server that is draining and about to end."""
         self._wake.set()
-        self._serving.give_up_move()
-        while self.is_moving:  # noqa: ASYNC110  # it ends in many places
+        while self.is_moving:  # it ends in many places
+            self._serving.give_up_move()
             await trio.sleep(SETTLE_LOOK_S)
 
     async def run(self) -> None:
@@ -139,6 +139,9 @@ class Mover:
                 except (P2PError, PetaldError) as error:
                     log.debug("no view to move by", reason=str(error))
                     has_failed = True
+                    continue
+                if self._serving.server.is_draining:  # since the reading began
+                    await self._give_up()
                     continue
                 self._measure()
                 for action in self._planner.on_load(load, now):

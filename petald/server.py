@@ -77,6 +77,7 @@ class Server:
         hosted: what new sessions are run on; an open one stays on what it began on.
         adapters: that go with it.
         caches_received: from hops that handed over, since the start.
+        is_leaving_for_good: whether it takes no sessions any more, ever.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Server:
         self._sessions: dict[bytes, ServedSession] = {}
         self._opening: dict[bytes, str] = {}
         self._running: dict[ServedSession, trio.CancelScope] = {}
+        self.is_leaving_for_good = False
         self._is_draining = False
         self._is_paused = False
         self._max_step_bytes = max_step_bytes(
@@ -118,20 +120,24 @@ class Server:
     @property
     def is_draining(self) -> bool:
         """Whether new sessions are refused because this server leaves."""
-        return self._is_draining
+        return self._is_draining or self.is_leaving_for_good
 
     def stop_accepting(self) -> None:
         """Refuses new sessions from now on."""
         self._is_draining = True
 
     def accept_again(self) -> None:
-        """Takes new sessions again."""
+        """Takes new sessions again, unless it leaves for good."""
         self._is_draining = False
+
+    def leave_for_good(self) -> None:
+        """Refuses new sessions from now on, whatever is asked of it later."""
+        self.is_leaving_for_good = True
 
     @property
     def is_accepting(self) -> bool:
         """Whether new sessions are taken."""
-        return not (self._is_draining or self._is_paused)
+        return not (self.is_draining or self._is_paused)
 
     def pause(self) -> None:
         """Refuses new sessions until `resume` or `move`, whatever becomes of a drain meanwhile."""

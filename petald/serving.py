@@ -60,6 +60,7 @@ class Serving:
         hosting: the span that is served now.
         next_hops: the peers to which round trips are announced.
         claim: the move that is announced to be made; none where there is none.
+        lost: that it has no blocks any more, and will not have any.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Serving:
         self.server = server
         self.next_hops: list[str] = []
         self.claim: Claim | None = None
+        self.lost = trio.Event()
         self._config = config
         self._loader = loader
         self._pass_server = pass_server
@@ -172,7 +174,7 @@ class Serving:
 
     async def end(self, *, deadline_s: float) -> None:
         """Lets sessions and passes move, ends those that have not, and frees blocks and cache."""
-        self.server.pause()
+        self.server.leave_for_good()
         await self._end_everything(deadline_s)
         self.hosting.adapters.clear()
         await self._loader.shed(self.hosting, 0, 0)
@@ -222,7 +224,8 @@ class Serving:
 
         Raises:
             KernelError: the blocks cannot be loaded; the old ones are served on, unless they were
-                given up before and cannot be loaded again either: then nothing is.
+                given up before and cannot be loaded again either: then nothing is, and it is
+                ``lost``.
             MoveGivenUp: by `give_up_move`.
         """
         hosting = prepared
@@ -271,22 +274,29 @@ class Serving:
             await self._end_everything(deadline_s)
             is_shed = True
             await self._loader.shed(old, start, end)
-            try:
-                with self._loading:
+            with self._loading:
+                try:
                     return await self._loader.load(start, end, beside=old.span)
-                raise MoveGivenUp("nothing is to be served now")
-            except KernelError as error:
-                forget_frames(error)  # they hold what was loaded, and there may be no room for both
-                self.hosting = again = await self._loader.load(*before, beside=old.span)
-                self.server.switch(again.hosted, again.adapters)
-                self._pass_server.switch(again.passes, again.adapters)
-                self._is_between = False
-                await on_changed()
-                raise
+                except KernelError as error:
+                    forget_frames(error)  # they hold what was loaded; there may be no room for both
+                    await self._load_again(old, *before)
+                    await on_changed()
+                    raise
+            raise MoveGivenUp("nothing is to be served now")
         finally:
             self._is_between = False
             if not is_shed:
                 self.server.resume()
+
+    async def _load_again(self, old: Hosting, start: int, end: int) -> None:
+        try:
+            self.hosting = again = await self._loader.load(start, end, beside=old.span)
+        except KernelError:
+            self.lost.set()
+            raise
+        self.server.switch(again.hosted, again.adapters)
+        self._pass_server.switch(again.passes, again.adapters)
+        self._is_between = False
 
     async def measure_next_hops(self, router: Router, rng: random.Random) -> None:
         """Measures the way to those servers that a session here is likely to go on to."""

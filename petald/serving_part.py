@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -257,6 +257,7 @@ class ServingPart:
         tenure_nursery.start_soon(self._keep_measuring, started)
         await started.begin(tenure_nursery)
         self._change = None  # it is made
+        self._broken_until.pop(config.model, None)
         name = started.serving.identity.name
         self.changes += self._model not in ("", name)
         self._model = name
@@ -276,11 +277,15 @@ class ServingPart:
             return
         log.error("nothing is served", model=model, reason=str(error))
         if not (is_broken and self._unbroken):
-            await trio.sleep(RETRY_S)
+            with trio.move_on_after(RETRY_S):
+                await self.lender.wait_yields()
 
     async def _serve(self, tenure: _Tenure) -> str:
         """Serves one model until it is left; gives the next one, or "" for the configured ones."""
         model = await self._wait_to_leave(tenure)
+        tenure.started.serving.server.leave_for_good()
+        if tenure.started.mover is not None:
+            await tenure.started.mover.settle()
         await tenure.started.serving.end(deadline_s=CHANGE_DEADLINE_S if model else 0.0)
         if self._is_stopping:
             await trio.sleep_forever()
@@ -291,28 +296,30 @@ class ServingPart:
         await self._give_memory_back()
         if model:
             log.info("changing the model", model=model)
-            assert self._change is not None
-            self._change.stop_telling()  # the loading tells of its own claim
+            if self._change is not None:
+                self._change.stop_telling()  # the loading tells of its own claim
         else:
             log.info("memory freed")
         return model
 
     async def _wait_to_leave(self, tenure: _Tenure) -> str:
-        """Until another model is to be served, which it gives, or ``""`` when memory is wanted."""
+        """Until another model is to be served, which it gives, or ``""`` when memory is wanted.
+
+        The latter too where the blocks were lost in a move.
+        """
         model = ""
         async with trio.open_nursery() as nursery:
 
-            async def wait_to_free() -> None:
-                await self.lender.wait_to_free()
+            async def end_with(wait: Callable[[], Awaitable[None]]) -> None:
+                await wait()
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(wait_to_free)
+            nursery.start_soon(end_with, self.lender.wait_to_free)
+            nursery.start_soon(end_with, tenure.started.serving.lost.wait)
             model = await self._wait_for_change(tenure)
             nursery.cancel_scope.cancel()
         if not model:
             await self._give_up_change()
-            if tenure.started.mover is not None:
-                await tenure.started.mover.settle()
         return model
 
     async def _give_up_change(self) -> None:
@@ -378,6 +385,9 @@ class ServingPart:
             model = choice.on_look(tenure.span, offers_of(found), now)
             if model is None:
                 continue
+            if not self._is_free(tenure):  # since the reading began
+                choice.on_stayed(trio.current_time())
+                continue
             if await self._tell_change(tenure, choice, found[model]):
                 return model
             choice.on_stayed(trio.current_time())
@@ -404,12 +414,12 @@ class ServingPart:
         )
         claim = joining.claim_span(*choose_span(offer.load, offer.capacity, rng=self._rng))
         announcer = Announcer(self._directory, joining.make_announcement, rng=self._rng)
-        self._change = _Change(joining, announcer)
+        self._change = change = _Change(joining, announcer)
         log.info("about to change the model", model=candidate.identity.name)
         server.stop_accepting()
         is_told = await tenure.started.announcer.publish() > 0
         if is_told:
-            self._nursery.start_soon(self._change.tell)
+            self._nursery.start_soon(change.tell)
             await trio.sleep(self._settings.known_s)
             is_told = not server.is_accepting and self._is_free(tenure)
         if is_told and await self._is_still_better(tenure, choice, candidate, claim):
@@ -459,7 +469,14 @@ class ServingPart:
     async def _read_candidates(self, tenure: _Tenure) -> dict[str, Candidate]:
         try:
             return await read_candidates(
-                replace(self._config, models=self._unbroken),
+                replace(
+                    self._config,
+                    models=tuple(
+                        name
+                        for name in self._config.models
+                        if name == self._model or name in self._unbroken
+                    ),
+                ),
                 peer=self._network.peer,
                 router=self._router,
                 executor=self._executor,

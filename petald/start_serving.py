@@ -266,8 +266,7 @@ async def read_candidates(
         offer = ModelOffer(load=await read_place(read_view, peer), capacity=capacity)
         found[name] = Candidate(identity=identity, loader=loader, offer=offer)
     if not found:
-        assert refusal is not None
-        raise refusal
+        raise refusal or ConfigError("no model is worth a try")
     return found
 
 

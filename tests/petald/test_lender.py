@@ -387,7 +387,10 @@ class EmptyServing:
 
     def __init__(self) -> None:
         self.server = SimpleNamespace(
-            sessions=0, stop_accepting=lambda: None, accept_again=lambda: None
+            sessions=0,
+            is_leaving_for_good=False,
+            stop_accepting=lambda: None,
+            accept_again=lambda: None,
         )
         self.is_in_use = False
         self.ended = 0

@@ -381,6 +381,32 @@ async def test_a_pause_ends_a_move_in_place(
         await until(serves(part, only["llama"]))
 
 
+async def test_blocks_that_were_lost_in_a_move_are_loaded_anew(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = {"llama": folders["llama"]}
+    load, failures = SpanLoader.load, [2]
+
+    async def load_or_not(*args: Any, **keywords: Any) -> Hosting:
+        await trio.lowlevel.checkpoint()
+        if failures[0]:
+            failures[0] -= 1
+            raise OutOfDeviceMemory("others have it")
+        return await load(*args, **keywords)
+
+    async with open_memory_hub() as hub, serve(hub, only, tmp_path) as (part, _):
+        before = part.serving
+        assert before is not None
+        monkeypatch.setattr(SpanLoader, "load", load_or_not)
+        with pytest.raises(OutOfDeviceMemory):
+            await before.move(0, 1, None, on_changed=trio.lowlevel.checkpoint)
+        await until(lambda: part.serving not in (None, before))
+        assert part.serving is not None
+        assert part.serving.server.is_accepting
+        before.server.accept_again()
+        assert before.server.is_draining
+
+
 async def test_of_several_models_one_that_is_broken_is_left_out_after_a_pause_too(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -566,6 +592,8 @@ async def test_a_server_whose_models_cannot_be_loaded_for_a_time_comes_back(
             assert (await part.lender.resume(Resume(job=2))).is_loading
             await until(lambda: part.serving is not None)
             assert part.serving is not None
+            assert part.serving.server.is_accepting
+            await trio.sleep(1.0)  # many looks at the models, which had all failed
             assert part.serving.server.is_accepting
 
 

@@ -15,6 +15,7 @@ import trio
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kernels.errors import OutOfDeviceMemory
 from kernels.model_store import (
     load_folder_manifest,
     save_folder_manifest,
@@ -110,6 +111,21 @@ async def test_where_not_a_block_fits_it_is_said_so(
         with pytest.RaisesGroup(pytest.RaisesExc(ConfigError, match="not one block")):
             async with start(hub, config, tmp_path):
                 pass
+
+
+async def test_memory_that_is_short_is_said_so_wherever_that_is_noticed(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("petald.hosting.measure_speed", fail)
+    config = replace(CONFIG, model=str(folders["llama"]), blocks="1:3")
+    async with open_memory_hub() as hub:
+        with pytest.raises(ExceptionGroup) as raised:
+            async with start(hub, config, tmp_path):
+                pass
+        assert raised.group_contains(OutOfDeviceMemory, match="no memory for blocks 1:3")
 
 
 @pytest.mark.parametrize("blocks", ["1:3", "auto"])
