@@ -21,6 +21,7 @@ import torch
 
 from kernels.adapter import SpanAdapter
 from kernels.errors import OutOfDeviceMemory
+from kernels.memory import is_short_of_memory
 from kernels.model_config import ModelConfig
 from kernels.rotary import Positions
 from kernels.span import Span, add_prefix_to_mask
@@ -215,8 +216,8 @@ def _memory_guard(span: Span, work: PassWork) -> Iterator[None]:
     """Says what to do where the device has no memory left."""
     try:
         yield
-    except RuntimeError as error:  # on the CPU it has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_short_of_memory(error):
             raise
         batch, tokens = work.hidden_BSD.shape[:2]
         raise OutOfDeviceMemory(

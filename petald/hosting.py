@@ -19,6 +19,7 @@ from kernels.checkpoint import Checkpoint
 from kernels.errors import OutOfDeviceMemory
 from kernels.kv_cache import CacheArena
 from kernels.layer_loader import block_bytes
+from kernels.memory import is_short_of_memory
 from kernels.quant.formats import why_slow
 from kernels.span import Span, load_span
 from kernels.step_graphs import CudaRecorder
@@ -243,10 +244,8 @@ class SpanLoader:
         """Says so where the device has no memory left, wherever that is noticed."""
         try:
             yield
-        except RuntimeError as error:  # on the CPU it has no class of its own
-            told = str(error)
-            is_short = isinstance(error, torch.OutOfMemoryError)
-            if not is_short and "allocate memory" not in told and "ALLOC_FAILED" not in told:
+        except RuntimeError as error:
+            if not is_short_of_memory(error):
                 raise
             raise OutOfDeviceMemory(
                 f"{self._device} has no memory for blocks {start}:{end}"
