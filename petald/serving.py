@@ -246,7 +246,8 @@ class Serving:
             before=f"{before.span.start}:{before.span.end}",
             blocks=f"{hosting.span.start}:{hosting.span.end}",
         )
-        notify_status(self.description)
+        if self.server.is_accepting:
+            notify_status(self.description)
 
     def give_up_move(self) -> None:
         """Ends what is being loaded in place of blocks that were given up: nothing is served then.

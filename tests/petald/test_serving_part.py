@@ -38,6 +38,7 @@ from petald.serving import Serving
 from petald.serving_part import ServingPart
 from petald.speed_cache import SpeedCache
 from petald.swarm import Announcement, ServerState, directory_key
+from petald.throughput import BlockSpeed
 from tests.helpers.tiny_models import make_model, save_model
 
 SOON = ChoiceSettings(look_s=0.1, confirm_s=0.1, known_s=0.3, urgent_stay_s=0.0)
@@ -490,18 +491,19 @@ async def test_what_a_server_gives_is_measured_while_it_serves(
     monkeypatch.setattr(petald.serving_part, "MEASURE_PERIOD_S", 0.1)
     monkeypatch.setattr(petald.serving_part, "FIRST_MEASURE_S", 0.1)
     monkeypatch.setattr("petald.hosted_span.HostedSpan.take_lone_block_s", lambda _: 123.0)
+    speed = BlockSpeed(step_s=0.01, token_s=0.001)
+    monkeypatch.setattr(petald.hosting, "measure_speed", lambda *_: speed)
     only = {"llama": folders["llama"]}
     async with open_memory_hub() as hub, serve(hub, only, tmp_path, share=0.5) as (part, _):
         assert part.serving is not None
         assert part._tenure is not None
-        hosting = part.serving.hosting
         first = part.serving._rate._short.value
-        assert first == pytest.approx(0.5 / hosting.speed.step_s)
-        await until(lambda: part.serving is not None and part.serving._rate._short.value < first)
+        assert first == pytest.approx(50.0)
+        await until(lambda: part.serving is not None and part.serving._rate._short.value < 49.0)
         monkeypatch.setattr(part.serving._rate, "value", 42.0)
         mover = part._tenure.started.mover
         assert mover is not None
-        assert mover._capacity.block_steps_per_s == pytest.approx(0.5 / hosting.speed.step_s, rel=9)
+        assert mover._capacity.block_steps_per_s == pytest.approx(50.0)
         mover._wake.set()
         await until(lambda: mover._planner._capacity.block_steps_per_s == 42.0)
         assert part.serving.make_announcement().block_steps_per_s == 42.0
